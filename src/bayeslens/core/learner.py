@@ -1,0 +1,87 @@
+"""Kernels, learners and predictives: conditional distributions, and how they are made from data."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Float
+from numpyro.distributions import Distribution
+
+from bayeslens.core.mixture import mix_members
+from bayeslens.core.table import Table
+
+
+class Kernel(eqx.Module):
+    """A conditional distribution p(y given x).
+
+    Calling it with `x` returns a NumPyro distribution whose batch shape is x's leading axes.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, x: Any) -> Distribution:
+        """The distribution of y for every row of `x`."""
+
+
+class Predictive(Kernel):
+    """A kernel made from data: one marginal distribution per row of a table or array.
+
+    A subclass gives `members` and two attributes: `table`, which turns frames and arrays into features,
+    and `classes` (None for regression). `traceable` says whether a call on a `jax.Array` may run under
+    `jax.jit`; `differentiable` whether its gradient in `x` means something.
+    """
+
+    table: eqx.AbstractVar[Table]
+    classes: eqx.AbstractVar[tuple | None]
+    traceable: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def members(self, x: Any) -> tuple[Distribution, Float[np.ndarray, " members"]]:
+        """The distributions of each member, batch shape (members, rows), and the members' weights.
+
+        What members disagree on is not known (epistemic); what each of them leaves open is random (aleatoric).
+        """
+
+    def __call__(self, x: Any) -> Distribution:
+        """The marginal distribution of every row, batch shape (rows,): the mixture of the members."""
+        distribution, weights = self.members(x)
+        return mix_members(distribution, weights)
+
+    def joint(self, x: Any) -> Distribution:
+        """One distribution over all rows, event shape (rows,): a mixture over members of independent rows.
+
+        Gaussian processes override this with their exact joint.
+        """
+        distribution, weights = self.members(x)
+        return mix_members(distribution.to_event(1), weights)
+
+    @property
+    def task(self) -> str:
+        """`"regression"` or `"classification"`."""
+        return "regression" if self.classes is None else "classification"
+
+
+class Learner(eqx.Module):
+    """Hyperparameters and nothing fitted; `fit` returns a `Predictive`.
+
+    `tasks` names what it can learn. `takes` names the optional arguments that `fit` accepts
+    (`"weights"`, `"offset"`, `"censored"`).
+    """
+
+    tasks: ClassVar[frozenset[str]] = frozenset({"regression"})
+    takes: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def fit(self, X: Any, y: Any, *, key: Any, **arguments: Any) -> Predictive:
+        """Learn from rows `X` (frame or array) and their targets `y`.
+
+        Args:
+            X: a DataFrame or an array of shape (rows, columns).
+            y: targets, shape (rows,): numbers for regression, labels of any kind for classification,
+                or a `Target` that is already encoded.
+            key: a `jax.random.key`; learners without randomness ignore it.
+            weights: shape (rows,), where `takes` has it: how much each row counts.
+        """
