@@ -1,0 +1,140 @@
+"""Mixtures of any distributions: the one place where distributions are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro.distributions import Distribution, constraints
+
+from bayeslens.core.distribution import put_together, register_family, take_apart
+from bayeslens.core.errors import InputError
+from bayeslens.core.quantile import cumulative
+
+_CATEGORICAL = (dist.CategoricalProbs, dist.CategoricalLogits)
+
+
+@register_family
+class Mixture(Distribution):
+    """A mixture of distributions of any families over one event space, all discrete or all continuous.
+
+    Args:
+        probs: weights, shape (*batch, components).
+        components: distributions with batch shape `batch`.
+
+    >>> d = Mixture(np.array([0.3, 0.7]), [dist.Normal(0.0, 1.0), dist.Laplace(2.0, 1.0)])
+    >>> round(float(d.mean), 4)
+    1.4
+    """
+
+    arg_constraints = {"probs": constraints.simplex}
+    pytree_data_fields = ("components",)
+
+    def __init__(self, probs: Any, components: Sequence[Distribution], *, validate_args: bool | None = None):
+        self.components = tuple(components)
+        if np.shape(probs)[-1] != len(self.components):
+            raise InputError(f"{np.shape(probs)[-1]} weights for {len(self.components)} components")
+        if len({c.is_discrete for c in self.components}) > 1 or len({c.event_shape for c in self.components}) > 1:
+            raise InputError("a mixture needs components over one space, all discrete or all continuous")
+        batch = np.broadcast_shapes(np.shape(probs)[:-1], *[c.batch_shape for c in self.components])
+        self.probs = probs
+        super().__init__(batch, self.components[0].event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> Any:
+        """The support of the first component, or the reals when components differ."""
+        supports = [c.support for c in self.components]
+        same = all(type(s) is type(supports[0]) for s in supports)
+        return supports[0] if same else constraints.real
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.components[0].is_discrete
+
+    def parts(self) -> tuple:
+        """Arrays with their event ranks, components, and no settings (see `register_family`)."""
+        expanded = tuple(_expand(c, self.batch_shape) for c in self.components)
+        return {"probs": (self.probs, 1)}, expanded, ()
+
+    @classmethod
+    def from_parts(cls, arrays: dict, children: list, settings: tuple) -> Mixture:
+        """Rebuild from parts."""
+        return cls(arrays["probs"], children)
+
+    def _each(self, function: Any) -> Array:
+        return jnp.stack([function(c) for c in self.components], axis=-1)
+
+    def log_prob(self, value: Any) -> Array:
+        inside = self._each(lambda c: jnp.where(c.support(value), c.log_prob(value), -jnp.inf))
+        return jax.scipy.special.logsumexp(jnp.log(self.probs) + inside, axis=-1)
+
+    def cdf(self, value: Any) -> Array:
+        return jnp.sum(self.probs * self._each(lambda c: cumulative(c, value)), axis=-1)
+
+    @property
+    def mean(self) -> Array:
+        extra = (..., *[None] * len(self.event_shape), slice(None))
+        return jnp.sum(jnp.asarray(self.probs)[extra] * self._each(lambda c: c.mean), axis=-1)
+
+    @property
+    def variance(self) -> Array:
+        extra = (..., *[None] * len(self.event_shape), slice(None))
+        means = self._each(lambda c: c.mean)
+        spread = jnp.square(means - self.mean[..., None])
+        return jnp.sum(jnp.asarray(self.probs)[extra] * (self._each(lambda c: c.variance) + spread), axis=-1)
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
+        which, *keys = jax.random.split(key, 1 + len(self.components))
+        shape = (*sample_shape, *self.batch_shape)
+        index = jax.random.categorical(which, jnp.log(self.probs), shape=shape)
+        draws = [
+            _expand(c, self.batch_shape).sample(k, sample_shape) for c, k in zip(self.components, keys, strict=True)
+        ]
+        stacked = jnp.stack(draws, axis=-1)
+        index = index.reshape(*shape, *[1] * (len(self.event_shape) + 1))
+        return jnp.take_along_axis(stacked, index, axis=-1)[..., 0]
+
+
+def _expand(distribution: Distribution, batch: tuple[int, ...]) -> Distribution:
+    return (
+        distribution
+        if distribution.batch_shape == batch
+        else put_together(jax.tree.map(lambda a: a, take_apart(distribution.expand(batch))))
+    )
+
+
+def mix(distributions: Sequence[Distribution], weights: Float[Array, " components"]) -> Distribution:
+    """The mixture of several distributions. Categoricals stay Categorical.
+
+    >>> a, b = dist.Categorical(np.array([1.0, 0.0])), dist.Categorical(np.array([0.0, 1.0]))
+    >>> d = mix([a, b], np.array([0.25, 0.75]))
+    >>> type(d).__name__, d.probs.tolist()
+    ('CategoricalProbs', [0.25, 0.75])
+    """
+    if len(distributions) == 1:
+        return distributions[0]
+    if all(isinstance(d, _CATEGORICAL) for d in distributions):
+        return dist.CategoricalProbs(sum(w * d.probs for w, d in zip(weights, distributions, strict=True)))
+    return Mixture(weights, distributions)
+
+
+def mix_members(distribution: Distribution, weights: Float[Array, " members"]) -> Distribution:
+    """Mix over the leading batch axis: batch shape (members, rows) becomes (rows,).
+
+    >>> d = mix_members(dist.Normal(np.array([[0.0, 0.0], [2.0, 4.0]]), 1.0), np.array([0.5, 0.5]))
+    >>> d.mean.tolist()
+    [1.0, 2.0]
+    """
+    if distribution.batch_shape[0] == 1:
+        return put_together(jax.tree.map(lambda a: a[0], take_apart(distribution)))
+    if isinstance(distribution, _CATEGORICAL):
+        return dist.CategoricalProbs((weights[:, None, None] * distribution.probs).sum(0))
+    parts = take_apart(distribution)
+    last = len(distribution.batch_shape) - 1
+    moved = jax.tree.map(lambda a: (jnp if isinstance(a, jax.Array) else np).moveaxis(a, 0, last), parts)
+    return dist.MixtureSameFamily(dist.CategoricalProbs(weights), put_together(moved))
