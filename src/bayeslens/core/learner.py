@@ -1,7 +1,5 @@
 """Kernels, learners and predictives: conditional distributions, and how they are made from data."""
 
-from __future__ import annotations
-
 import abc
 from typing import Any, ClassVar
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import Distribution, constraints
 
-from bayeslens.core.distribution import put_together, register_family, take_apart
+from bayeslens.core.distribution import mean_and_variance, put_together, register_family, take_apart
 from bayeslens.core.errors import InputError
 from bayeslens.core.quantile import cumulative
 
@@ -100,12 +101,77 @@ class Mixture(Distribution):
         return jnp.take_along_axis(stacked, index, axis=-1)[..., 0]
 
 
+@register_family
+class Members(Distribution):
+    """Distributions of several families side by side along a leading member axis.
+
+    Args:
+        groups: distributions with batch shapes (members_i, rows); the whole has (sum of members_i, rows).
+
+    >>> d = Members([dist.Normal(np.zeros((2, 3)), 1.0), dist.Laplace(np.ones((1, 3)), 1.0)])
+    >>> d.batch_shape, d.mean[:, 0].tolist()
+    ((3, 3), [0.0, 0.0, 1.0])
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+    pytree_data_fields = ("groups",)
+    support = constraints.real
+
+    def __init__(self, groups: Sequence[Distribution], *, validate_args: bool | None = None):
+        self.groups = tuple(groups)
+        count = sum(g.batch_shape[0] for g in self.groups)
+        first = self.groups[0]
+        super().__init__((count, *first.batch_shape[1:]), first.event_shape, validate_args=validate_args)
+
+    def parts(self) -> tuple:
+        """See `register_family`."""
+        return {}, self.groups, ()
+
+    @classmethod
+    def from_parts(cls, arrays: dict, children: list, settings: tuple) -> Members:
+        """Rebuild from parts."""
+        return cls(children)
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Members:
+        """Members whose rows are one event."""
+        return Members([g.to_event(reinterpreted_batch_ndims) for g in self.groups])
+
+    def log_prob(self, value: Any) -> Array:
+        return jnp.concatenate([g.log_prob(value) for g in self.groups], axis=-len(self.batch_shape))
+
+    @property
+    def mean(self) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(g.mean, g.shape()) for g in self.groups])
+
+    @property
+    def variance(self) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(g.variance, g.shape()) for g in self.groups])
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
+        keys = jax.random.split(key, len(self.groups))
+        draws = [g.sample(k, sample_shape) for g, k in zip(self.groups, keys, strict=True)]
+        return jnp.concatenate(draws, axis=len(sample_shape))
+
+
+def side_by_side(distributions: Sequence[Distribution]) -> Distribution:
+    """Join distributions of batch shape (members_i, rows) along the member axis. Categoricals stay Categorical."""
+    if all(isinstance(d, _CATEGORICAL) for d in distributions):
+        return dist.CategoricalProbs(np.concatenate([np.asarray(d.probs) for d in distributions]))
+    return Members(distributions) if len(distributions) > 1 else distributions[0]
+
+
+def member_moments(distribution: Distribution) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of every member, each of shape (members, rows)."""
+    if isinstance(distribution, Members):
+        each = [member_moments(g) for g in distribution.groups]
+        return np.concatenate([m for m, _ in each]), np.concatenate([v for _, v in each])
+    swapped = put_together(jax.tree.map(lambda a: np.swapaxes(np.asarray(a), 0, 1), take_apart(distribution)))
+    mean, variance = mean_and_variance(swapped)
+    return mean.T, variance.T
+
+
 def _expand(distribution: Distribution, batch: tuple[int, ...]) -> Distribution:
-    return (
-        distribution
-        if distribution.batch_shape == batch
-        else put_together(jax.tree.map(lambda a: a, take_apart(distribution.expand(batch))))
-    )
+    return distribution if distribution.batch_shape == batch else distribution.expand(batch)
 
 
 def mix(distributions: Sequence[Distribution], weights: Float[Array, " components"]) -> Distribution:
@@ -130,6 +196,11 @@ def mix_members(distribution: Distribution, weights: Float[Array, " members"]) -
     >>> d.mean.tolist()
     [1.0, 2.0]
     """
+    if isinstance(distribution, Members):
+        edges = np.cumsum([0, *(g.batch_shape[0] for g in distribution.groups)])
+        shares = [weights[a:b] for a, b in itertools.pairwise(edges)]
+        mixed = [mix_members(g, w / w.sum()) for g, w in zip(distribution.groups, shares, strict=True)]
+        return mix(mixed, np.array([w.sum() for w in shares]))
     if distribution.batch_shape[0] == 1:
         return put_together(jax.tree.map(lambda a: a[0], take_apart(distribution)))
     if isinstance(distribution, _CATEGORICAL):

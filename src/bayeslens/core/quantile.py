@@ -10,7 +10,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln, ndtr
 from jaxtyping import Array, Float
-from numpyro.distributions import Distribution
+from numpyro.distributions import Distribution, constraints
 
 from bayeslens.core.distribution import rowwise
 from bayeslens.core.errors import InputError
@@ -67,6 +67,9 @@ def cumulative(distribution: Distribution, y: Float[Array, ...]) -> Array:
     if isinstance(distribution, dist.MixtureSameFamily):
         inner = cumulative(distribution.component_distribution, jnp.asarray(y)[..., None])
         return jnp.sum(distribution.mixing_distribution.probs * inner, -1)
+    if distribution.support in (constraints.positive, constraints.nonnegative):
+        inside = jnp.asarray(y) > 0  # numpyro's cdf of a positive variable is undefined elsewhere
+        return jnp.where(inside, distribution.cdf(jnp.where(inside, y, 1.0)), 0.0)
     return distribution.cdf(y)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bayeslens.core.errors import InputError
 
@@ -131,6 +131,16 @@ class Table(eqx.Module):
         frame = self.check(data)
         blocks = [_tree_features(c, frame[c.name]) for c in self.columns if c.num_features]
         return np.concatenate(blocks, 1) if blocks else np.zeros((len(frame), 0), np.float32)
+
+    def unseen_categories(self, data: Any) -> Bool[np.ndarray, " rows"]:
+        """Rows with a category that no training row had (missing values are not categories)."""
+        frame = self.check(data)
+        unseen = np.zeros(len(frame), bool)
+        for c in self.columns:
+            if c.kind == "categorical" and len(c.categories) < MAX_CATEGORIES:
+                texts = _texts(frame[c.name])
+                unseen |= ~texts.isin(c.categories).to_numpy() & texts.notna().to_numpy()
+        return unseen
 
     def dense(self, data: Any) -> Float[Array, "rows inputs"]:
         """Standardized features, imputed by the mean with an indicator of missingness, categories one-hot.
