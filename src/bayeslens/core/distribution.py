@@ -208,21 +208,3 @@ def rowwise(
 def _dtype(array: Any) -> Any:
     kind = np.asarray(array[:0]).dtype
     return jax.dtypes.canonicalize_dtype(kind)
-
-
-def _log_prob(d: Distribution, y: Any) -> Any:
-    return d.log_prob(y)
-
-
-def _moments(d: Distribution) -> Any:
-    return d.mean, d.variance
-
-
-def log_prob(distribution: Distribution, y: Any) -> np.ndarray:
-    """Log density (or probability) of each row's `y`, shape (rows,)."""
-    return rowwise(_log_prob, distribution, y)
-
-
-def mean_and_variance(distribution: Distribution) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each row."""
-    return rowwise(_moments, distribution)

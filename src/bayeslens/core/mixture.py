@@ -13,9 +13,9 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import Distribution, constraints
 
-from bayeslens.core.distribution import mean_and_variance, put_together, register_family, take_apart
+from bayeslens.core.distribution import put_together, register_family, take_apart
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cumulative
+from bayeslens.core.quantile import backend, cumulative, log_density, logsumexp, mean_and_variance, moments
 
 _CATEGORICAL = (dist.CategoricalProbs, dist.CategoricalLogits)
 
@@ -67,27 +67,36 @@ class Mixture(Distribution):
         """Rebuild from parts."""
         return cls(arrays["probs"], children)
 
-    def _each(self, function: Any) -> Array:
-        return jnp.stack([function(c) for c in self.components], axis=-1)
+    def _each(self, function: Any) -> Any:
+        values = [function(c) for c in self.components]
+        return backend(*values, self.probs).stack(values, -1)
 
-    def log_prob(self, value: Any) -> Array:
-        inside = self._each(lambda c: jnp.where(c.support(value), c.log_prob(value), -jnp.inf))
-        return jax.scipy.special.logsumexp(jnp.log(self.probs) + inside, axis=-1)
+    def log_prob(self, value: Any) -> Any:
+        inside = self._each(lambda c: log_density(c, value))
+        xp = backend(inside, self.probs)
+        with np.errstate(divide="ignore"):
+            return logsumexp(xp, xp.log(self.probs) + inside)
 
-    def cdf(self, value: Any) -> Array:
-        return jnp.sum(self.probs * self._each(lambda c: cumulative(c, value)), axis=-1)
+    def cdf(self, value: Any) -> Any:
+        return (self.probs * self._each(lambda c: cumulative(c, value))).sum(-1)
+
+    def moments(self) -> tuple[Any, Any]:
+        """Mean and variance."""
+        each = [moments(c) for c in self.components]
+        shape = (*self.batch_shape, *self.event_shape)
+        xp = backend(self.probs, *[a for pair in each for a in pair])
+        means, variances = (xp.stack([xp.broadcast_to(pair[i], shape) for pair in each], -1) for i in (0, 1))
+        probs = xp.asarray(self.probs)[(..., *[None] * len(self.event_shape), slice(None))]
+        center = (probs * means).sum(-1)
+        return center, (probs * (variances + xp.square(means - center[..., None]))).sum(-1)
 
     @property
-    def mean(self) -> Array:
-        extra = (..., *[None] * len(self.event_shape), slice(None))
-        return jnp.sum(jnp.asarray(self.probs)[extra] * self._each(lambda c: c.mean), axis=-1)
+    def mean(self) -> Any:
+        return self.moments()[0]
 
     @property
-    def variance(self) -> Array:
-        extra = (..., *[None] * len(self.event_shape), slice(None))
-        means = self._each(lambda c: c.mean)
-        spread = jnp.square(means - self.mean[..., None])
-        return jnp.sum(jnp.asarray(self.probs)[extra] * (self._each(lambda c: c.variance) + spread), axis=-1)
+    def variance(self) -> Any:
+        return self.moments()[1]
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
         which, *keys = jax.random.split(key, 1 + len(self.components))

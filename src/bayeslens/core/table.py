@@ -374,6 +374,30 @@ class Target(eqx.Module):
         return cls(values, None, rounding_step(values), name)
 
     @classmethod
+    def with_classes(cls, y: Any, classes: tuple | None) -> Target:
+        """Encode outcomes for a model whose classes are known (None for regression).
+
+        Raises:
+            InputError: a label that the model has not seen.
+
+        >>> Target.with_classes(["b", "a"], ("a", "b", "c")).values.tolist()
+        [1.0, 0.0]
+        """
+        if classes is None:
+            return cls.from_values(y, "regression")
+        labels = _flat(y).astype(object)
+        codes = pd.Index(classes, dtype=object).get_indexer(labels)
+        if (codes < 0).any():
+            raise InputError(
+                f"the label {labels[codes < 0][0]!r} was not seen in training; known: {list(classes)[:12]}"
+            )
+        return cls(codes.astype(np.float64), classes)
+
+    def rows(self, index: Any) -> Target:
+        """The target of some rows, with the same classes and step."""
+        return Target(self.values[index], self.classes, self.step, self.name)
+
+    @classmethod
     def _from_labels(cls, series: pd.Series, name: str) -> Target:
         if pd.api.types.is_float_dtype(series) and np.isinf(series.to_numpy(float)).any():
             raise InputError(f"target {name!r} contains infinity")

@@ -5,24 +5,24 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro.distributions import Distribution, constraints
 
 from bayeslens.core.distribution import register_family
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cumulative, invert_cdf
+from bayeslens.core.quantile import backend, cumulative, invert_cdf, log_density, moments
 
 
-def _piecewise_linear(x: Array, knots: Array, values: Array) -> tuple[Array, Array]:
+def _piecewise_linear(x: Any, knots: Any, values: Any) -> tuple[Any, Any]:
     """Value and slope of the increasing piecewise linear function through (knots, values), for batched knots."""
-    knots, values = jnp.asarray(knots), jnp.asarray(values)
-    shape = jnp.broadcast_shapes(jnp.shape(x), knots.shape[:-1])
-    x = jnp.broadcast_to(x, shape)
-    index = jnp.clip(jnp.sum(x[..., None] >= knots, axis=-1) - 1, 0, knots.shape[-1] - 2)
+    xp = backend(x, knots, values)
+    x, knots, values = xp.asarray(x), xp.asarray(knots), xp.asarray(values)
+    shape = np.broadcast_shapes(x.shape, knots.shape[:-1], values.shape[:-1])
+    x = xp.broadcast_to(x, shape)
+    index = xp.clip((x[..., None] >= knots).sum(-1) - 1, 0, knots.shape[-1] - 2)
     left, right, bottom, top = (
-        jnp.take_along_axis(jnp.broadcast_to(a, (*shape, a.shape[-1])), (index + step)[..., None], axis=-1)[..., 0]
+        xp.take_along_axis(xp.broadcast_to(a, (*shape, a.shape[-1])), (index + step)[..., None], axis=-1)[..., 0]
         for a, step in ((knots, 0), (knots, 1), (values, 0), (values, 1))
     )
     slope = (top - bottom) / (right - left)
@@ -65,28 +65,31 @@ class Recalibrated(Distribution):
 
     def log_prob(self, value: Any) -> Array:
         _, slope = _piecewise_linear(cumulative(self.base, value), self.knots, self.levels)
-        return self.base.log_prob(value) + jnp.log(slope)
+        return log_density(self.base, value) + backend(slope).log(slope)
 
-    def cdf(self, value: Any) -> Array:
-        return jnp.clip(_piecewise_linear(cumulative(self.base, value), self.knots, self.levels)[0], 0.0, 1.0)
+    def cdf(self, value: Any) -> Any:
+        result = _piecewise_linear(cumulative(self.base, value), self.knots, self.levels)[0]
+        return backend(result).clip(result, 0.0, 1.0)
 
     def quantile(self, q: Any) -> Array:
         """Quantiles: the base's, at the probabilities that G maps to `q`."""
-        return invert_cdf(self.base, jnp.clip(_piecewise_linear(q, self.levels, self.knots)[0], 1e-6, 1 - 1e-6))
+        inner = _piecewise_linear(q, self.levels, self.knots)[0]
+        return invert_cdf(self.base, backend(inner).clip(inner, 1e-6, 1 - 1e-6))
 
     def icdf(self, q: Any) -> Array:
         return self.quantile(q)
 
-    def _moments(self) -> tuple[Array, Array]:
-        return _moments_from_quantiles(self.quantile, self.batch_shape)
+    def moments(self) -> tuple[Any, Any]:
+        """Mean and variance, by quadrature over the quantiles."""
+        return _moments_from_quantiles(self.quantile, self.batch_shape, backend(self.knots, self.levels))
 
     @property
-    def mean(self) -> Array:
-        return self._moments()[0]
+    def mean(self) -> Any:
+        return self.moments()[0]
 
     @property
-    def variance(self) -> Array:
-        return self._moments()[1]
+    def variance(self) -> Any:
+        return self.moments()[1]
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
         return self.quantile(_uniform(key, (*sample_shape, *self.batch_shape)))
@@ -121,31 +124,42 @@ class Dequantized(Distribution):
         """Rebuild from parts."""
         return cls(children[0])
 
-    def _mass(self, k: Array) -> Array:
-        return jnp.where(k >= 0, jnp.exp(self.base.log_prob(jnp.maximum(k, 0.0))), 0.0)
+    def _mass(self, k: Any) -> Any:
+        xp = backend(k)
+        return xp.where(k >= 0, xp.exp(log_density(self.base, xp.maximum(k, 0.0))), 0.0)
 
-    def log_prob(self, value: Any) -> Array:
-        k = jnp.floor(jnp.asarray(value) + 0.5)
-        return jnp.where(k >= 0, self.base.log_prob(jnp.maximum(k, 0.0)), -jnp.inf)
+    def _below(self, k: Any) -> Any:
+        xp = backend(k)
+        return xp.where(k >= 1, cumulative(self.base, xp.maximum(k - 1, 0.0)), 0.0)
 
-    def cdf(self, value: Any) -> Array:
-        k = jnp.floor(jnp.asarray(value) + 0.5)
-        below = jnp.where(k >= 1, cumulative(self.base, jnp.maximum(k - 1, 0.0)), 0.0)
-        return jnp.clip(below + (value + 0.5 - k) * self._mass(k), 0.0, 1.0)
+    def log_prob(self, value: Any) -> Any:
+        xp = backend(value)
+        k = xp.floor(value + 0.5)
+        return xp.where(k >= 0, log_density(self.base, xp.maximum(k, 0.0)), -xp.inf)
 
-    def quantile(self, q: Any) -> Array:
+    def cdf(self, value: Any) -> Any:
+        xp = backend(value)
+        k = xp.floor(value + 0.5)
+        return xp.clip(self._below(k) + (value + 0.5 - k) * self._mass(k), 0.0, 1.0)
+
+    def quantile(self, q: Any) -> Any:
         """Quantiles, inside the cell of the base's quantile."""
-        k = jnp.maximum(invert_cdf(self.base, jnp.asarray(q)), 0.0)
-        below = jnp.where(k >= 1, cumulative(self.base, jnp.maximum(k - 1, 0.0)), 0.0)
-        return k - 0.5 + jnp.clip((q - below) / jnp.maximum(self._mass(k), 1e-12), 0.0, 1.0)
+        xp = backend(q)
+        k = xp.maximum(invert_cdf(self.base, xp.asarray(q)), 0.0)
+        return k - 0.5 + xp.clip((q - self._below(k)) / xp.maximum(self._mass(k), 1e-12), 0.0, 1.0)
+
+    def moments(self) -> tuple[Any, Any]:
+        """Mean and variance: the base's, and that of the cell."""
+        mean, variance = moments(self.base)
+        return mean, variance + 1 / 12
 
     @property
-    def mean(self) -> Array:
-        return self.base.mean
+    def mean(self) -> Any:
+        return self.moments()[0]
 
     @property
-    def variance(self) -> Array:
-        return self.base.variance + 1 / 12
+    def variance(self) -> Any:
+        return self.moments()[1]
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
         first, second = jax.random.split(key)
@@ -190,52 +204,52 @@ class QuantileDistribution(Distribution):
         """Rebuild from parts."""
         return cls(**arrays)
 
-    def _ends(self) -> tuple[Array, ...]:
-        p, v = jnp.asarray(self.levels), jnp.asarray(self.values)
-        return p[..., 0], p[..., -1], v[..., 0], v[..., -1]
-
-    def _tail_scales(self) -> tuple[Array, Array]:
-        """Scale of each exponential tail: tail mass over the density of the neighbouring interval."""
-        p, v = jnp.asarray(self.levels), jnp.asarray(self.values)
+    def _tails(self, xp: Any) -> tuple[Any, ...]:
+        """Outermost levels and quantiles, and each tail's scale: its mass over the neighbouring density."""
+        p, v = xp.asarray(self.levels), xp.asarray(self.values)
         low = p[..., 0] * (v[..., 1] - v[..., 0]) / (p[..., 1] - p[..., 0])
         high = (1 - p[..., -1]) * (v[..., -1] - v[..., -2]) / (p[..., -1] - p[..., -2])
-        return low, high
+        return p[..., 0], p[..., -1], v[..., 0], v[..., -1], low, high
 
-    def cdf(self, value: Any) -> Array:
-        low_p, high_p, low_v, high_v = self._ends()
-        low_scale, high_scale = self._tail_scales()
+    def cdf(self, value: Any) -> Any:
+        xp = backend(value, self.values)
+        low_p, high_p, low_v, high_v, low_scale, high_scale = self._tails(xp)
         inside, _ = _piecewise_linear(value, self.values, self.levels)
-        below = low_p * jnp.exp(jnp.minimum(value - low_v, 0.0) / low_scale)
-        above = 1 - (1 - high_p) * jnp.exp(-jnp.maximum(value - high_v, 0.0) / high_scale)
-        return jnp.where(value < low_v, below, jnp.where(value > high_v, above, inside))
+        below = low_p * xp.exp(xp.minimum(value - low_v, 0.0) / low_scale)
+        above = 1 - (1 - high_p) * xp.exp(-xp.maximum(value - high_v, 0.0) / high_scale)
+        return xp.where(value < low_v, below, xp.where(value > high_v, above, inside))
 
-    def log_prob(self, value: Any) -> Array:
-        low_p, high_p, low_v, high_v = self._ends()
-        low_scale, high_scale = self._tail_scales()
+    def log_prob(self, value: Any) -> Any:
+        xp = backend(value, self.values)
+        low_p, high_p, low_v, high_v, low_scale, high_scale = self._tails(xp)
         _, slope = _piecewise_linear(value, self.values, self.levels)
-        below = jnp.log(low_p / low_scale) + jnp.minimum(value - low_v, 0.0) / low_scale
-        above = jnp.log((1 - high_p) / high_scale) - jnp.maximum(value - high_v, 0.0) / high_scale
-        return jnp.where(value < low_v, below, jnp.where(value > high_v, above, jnp.log(slope)))
+        below = xp.log(low_p / low_scale) + xp.minimum(value - low_v, 0.0) / low_scale
+        above = xp.log((1 - high_p) / high_scale) - xp.maximum(value - high_v, 0.0) / high_scale
+        return xp.where(value < low_v, below, xp.where(value > high_v, above, xp.log(slope)))
 
-    def quantile(self, q: Any) -> Array:
+    def quantile(self, q: Any) -> Any:
         """Quantiles in closed form."""
-        low_p, high_p, low_v, high_v = self._ends()
-        low_scale, high_scale = self._tail_scales()
+        xp = backend(q, self.values)
+        low_p, high_p, low_v, high_v, low_scale, high_scale = self._tails(xp)
         inside, _ = _piecewise_linear(q, self.levels, self.values)
-        below = low_v + low_scale * jnp.log(jnp.minimum(q / low_p, 1.0))
-        above = high_v - high_scale * jnp.log(jnp.minimum((1 - q) / (1 - high_p), 1.0))
-        return jnp.where(q < low_p, below, jnp.where(q > high_p, above, inside))
+        below = low_v + low_scale * xp.log(xp.minimum(q / low_p, 1.0))
+        above = high_v - high_scale * xp.log(xp.minimum((1 - q) / (1 - high_p), 1.0))
+        return xp.where(q < low_p, below, xp.where(q > high_p, above, inside))
 
-    def icdf(self, q: Any) -> Array:
+    def icdf(self, q: Any) -> Any:
         return self.quantile(q)
 
-    @property
-    def mean(self) -> Array:
-        return _moments_from_quantiles(self.quantile, self.batch_shape)[0]
+    def moments(self) -> tuple[Any, Any]:
+        """Mean and variance, by quadrature over the quantiles."""
+        return _moments_from_quantiles(self.quantile, self.batch_shape, backend(self.values))
 
     @property
-    def variance(self) -> Array:
-        return _moments_from_quantiles(self.quantile, self.batch_shape)[1]
+    def mean(self) -> Any:
+        return self.moments()[0]
+
+    @property
+    def variance(self) -> Any:
+        return self.moments()[1]
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
         return self.quantile(_uniform(key, (*sample_shape, *self.batch_shape)))
@@ -245,14 +259,14 @@ def _uniform(key: Any, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, minval=1e-6, maxval=1 - 1e-6)
 
 
-def _moments_from_quantiles(quantile: Any, batch: tuple[int, ...], nodes: int = 128) -> tuple[Array, Array]:
+def _moments_from_quantiles(quantile: Any, batch: tuple[int, ...], xp: Any, nodes: int = 64) -> tuple[Any, Any]:
     """Mean and variance by Gauss-Legendre quadrature of the quantile function over (0, 1)."""
     x, w = np.polynomial.legendre.leggauss(nodes)
-    levels = jnp.asarray((x + 1) / 2, jnp.result_type(float)).reshape(-1, *[1] * len(batch))
-    weights = jnp.asarray(w / 2, jnp.result_type(float)).reshape(levels.shape)
+    levels = xp.asarray((x + 1) / 2).reshape(-1, *[1] * len(batch))
+    weights = xp.asarray(w / 2).reshape(levels.shape)
     values = quantile(levels)
-    mean = jnp.sum(weights * values, 0)
-    return mean, jnp.sum(weights * jnp.square(values - mean), 0)
+    mean = (weights * values).sum(0)
+    return mean, (weights * (values - mean) ** 2).sum(0)
 
 
 def through_rounding_cells(distribution: Distribution) -> Distribution:

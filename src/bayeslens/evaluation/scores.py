@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax.scipy.special import ndtr
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from numpyro.distributions import Distribution
+from scipy.special import ndtr
 
-from bayeslens.core.distribution import rowwise
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cumulative, invert_cdf
+from bayeslens.core.quantile import cdf, log_prob, logsumexp, quantile
 
 LEVELS = np.arange(1, 100) / 100  # the 99 quantiles from which a CRPS without closed form is computed
-_CELL_NODES, _CELL_WEIGHTS = np.polynomial.legendre.leggauss(5)
+_CELL = tuple(zip(*np.polynomial.legendre.leggauss(5), strict=True))
 
 
 def log_score(distribution: Distribution, y: Any, step: float | None = None) -> Float[np.ndarray, " rows"]:
@@ -34,21 +31,14 @@ def log_score(distribution: Distribution, y: Any, step: float | None = None) -> 
     [-0.9189, -0.9189]
     """
     if step is None or distribution.is_discrete:
-        return rowwise(_log_prob, distribution, y)
-    return rowwise(_log_cell, distribution, y, shared=(np.float32(step),))
-
-
-def _log_prob(d: Distribution, y: Array) -> Array:
-    return d.log_prob(y)
-
-
-def _log_cell(d: Distribution, y: Array, step: Array) -> Array:
-    """Difference of cdfs where it keeps its digits, otherwise quadrature of the density over the cell."""
-    nodes = y + step / 2 * _CELL_NODES.astype(np.float32).reshape(-1, *[1] * jnp.ndim(y))
-    log_weights = jnp.log(_CELL_WEIGHTS / 2).reshape(-1, *[1] * jnp.ndim(y))
-    by_density = jax.scipy.special.logsumexp(d.log_prob(nodes) + log_weights, axis=0) + jnp.log(step)
-    mass = cumulative(d, y + step / 2) - cumulative(d, y - step / 2)
-    return jnp.where(mass > 0.02, jnp.log(jnp.maximum(mass, 1e-30)), jnp.minimum(by_density, 0.0))
+        return log_prob(distribution, y)
+    y = np.asarray(y, np.float64)
+    mass = cdf(distribution, y + step / 2) - cdf(distribution, y - step / 2)
+    # Where the difference of two cdfs has no digits left, the density is integrated over the cell.
+    nodes = [log_prob(distribution, y + step / 2 * node) + np.log(w / 2) for node, w in _CELL]
+    by_density = logsumexp(np, np.stack(nodes, -1)) + np.log(step)
+    with np.errstate(divide="ignore"):
+        return np.where(mass > 1e-3, np.log(mass), np.minimum(by_density, 0.0))
 
 
 def crps_loss(distribution: Distribution, y: Any) -> Float[np.ndarray, " rows"]:
@@ -60,44 +50,38 @@ def crps_loss(distribution: Distribution, y: Any) -> Float[np.ndarray, " rows"]:
     >>> round(float(crps_loss(dist.Normal(np.zeros(1), 1.0), np.zeros(1))[0]), 4)
     0.2337
     """
-    return rowwise(_crps, distribution, y)
-
-
-def _crps(d: Distribution, y: Array) -> Array:
+    d, y = distribution, np.asarray(y, np.float64)
     if isinstance(d, dist.Normal):
-        z = (y - d.loc) / d.scale
-        return d.scale * (z * (2 * ndtr(z) - 1) + 2 * _density(z) - 1 / np.sqrt(np.pi))
+        loc, scale = np.asarray(d.loc), np.asarray(d.scale)
+        z = (y - loc) / scale
+        return scale * (z * (2 * ndtr(z) - 1) + 2 * _density(z) - 1 / np.sqrt(np.pi))
     if isinstance(d, dist.LogNormal):
-        z = (jnp.log(y) - d.loc) / d.scale
-        factor = 2 * jnp.exp(d.loc + d.scale**2 / 2)
-        return y * (2 * ndtr(z) - 1) - factor * (ndtr(z - d.scale) + ndtr(d.scale / np.sqrt(2)) - 1)
+        loc, scale = np.asarray(d.loc), np.asarray(d.scale)
+        z = (np.log(y) - loc) / scale
+        factor = 2 * np.exp(loc + scale**2 / 2)
+        return y * (2 * ndtr(z) - 1) - factor * (ndtr(z - scale) + ndtr(scale / np.sqrt(2)) - 1)
     if isinstance(d, dist.Laplace):
-        z = jnp.abs(y - d.loc) / d.scale
-        return d.scale * (z + jnp.exp(-z) - 0.75)
+        z = np.abs(y - np.asarray(d.loc)) / np.asarray(d.scale)
+        return np.asarray(d.scale) * (z + np.exp(-z) - 0.75)
     if isinstance(d, dist.MixtureSameFamily) and isinstance(d.component_distribution, dist.Normal):
-        w, c = d.mixing_distribution.probs, d.component_distribution
-        first = jnp.sum(w * _absolute_moment(y[..., None] - c.loc, c.scale), -1)
+        w, c = np.asarray(d.mixing_distribution.probs), d.component_distribution
+        loc, scale = np.asarray(c.loc), np.asarray(c.scale)
+        first = np.sum(w * _absolute_moment(y[..., None] - loc, scale), -1)
         pairs = _absolute_moment(
-            c.loc[..., :, None] - c.loc[..., None, :], jnp.sqrt(c.scale[..., :, None] ** 2 + c.scale[..., None, :] ** 2)
+            loc[..., :, None] - loc[..., None, :], np.sqrt(scale[..., :, None] ** 2 + scale[..., None, :] ** 2)
         )
-        return first - 0.5 * jnp.sum(w[..., :, None] * w[..., None, :] * pairs, (-2, -1))
-    levels = jnp.asarray(LEVELS, y.dtype).reshape(-1, *[1] * y.ndim)
-    return _quantile_crps(invert_cdf(d, levels), levels, y)
+        return first - 0.5 * np.sum(w[..., :, None] * w[..., None, :] * pairs, (-2, -1))
+    return crps_loss_from_quantiles(quantile(d, LEVELS), LEVELS, y)
 
 
-def _density(z: Array) -> Array:
-    return jnp.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+def _density(z: np.ndarray) -> np.ndarray:
+    return np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
 
 
-def _absolute_moment(mean: Array, scale: Array) -> Array:
+def _absolute_moment(mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """E|X| of a Normal."""
     z = mean / scale
     return 2 * scale * _density(z) + mean * (2 * ndtr(z) - 1)
-
-
-def _quantile_crps(quantiles: Any, levels: Any, y: Any) -> Any:
-    error = y - quantiles
-    return 2 * (error * (levels - (error < 0))).mean(0)
 
 
 def crps_loss_from_quantiles(
@@ -108,7 +92,8 @@ def crps_loss_from_quantiles(
     >>> crps_loss_from_quantiles(np.array([[0.0]]), np.array([0.5]), np.array([2.0])).tolist()
     [2.0]
     """
-    return _quantile_crps(np.asarray(quantiles).T, np.asarray(levels)[:, None], np.asarray(y))
+    error = np.asarray(y)[:, None] - np.asarray(quantiles)
+    return 2 * (error * (np.asarray(levels) - (error < 0))).mean(1)
 
 
 def crps_loss_from_samples(samples: Float[np.ndarray, "draws rows"], y: Any) -> Float[np.ndarray, " rows"]:
@@ -158,7 +143,7 @@ def pit(distribution: Distribution, y: Any) -> Float[np.ndarray, " rows"]:
     >>> pit(dist.Normal(np.zeros(1), 1.0), np.zeros(1)).tolist()
     [0.5]
     """
-    return rowwise(cumulative, distribution, y)
+    return cdf(distribution, y)
 
 
 def coverage(lower: Any, upper: Any, y: Any) -> tuple[float, float]:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import equinox as eqx
 import numpy as np
 import pandas as pd
+from numpyro.distributions import Distribution
 
+from bayeslens.core.distribution import take_rows
 from bayeslens.core.learner import Predictive
+from bayeslens.core.quantile import mean_and_variance, quantile
+from bayeslens.evaluation.conformal import class_scores, conformal_threshold, prediction_sets
+from bayeslens.evaluation.scores import pit
+
+_AUDIT_ROWS = 5000
+_NOMINAL = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
-@dataclasses.dataclass(frozen=True)
-class Audit:
+class Audit(eqx.Module):
     """Held-out rows: what was predicted for them and what happened.
 
     The rows are the test rows where their target is known, otherwise out-of-fold training rows.
@@ -28,6 +36,31 @@ class Audit:
     pit: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     interval_coverage: np.ndarray | None = None
+
+
+def audit(distribution: Distribution, y: np.ndarray, coverage: float, classes: tuple | None) -> Audit:
+    """What was predicted for at most 5,000 held-out rows, and how often intervals of each level held.
+
+    Coverage of class sets is by leave-one-out: each row against the conformal scores of all others.
+    """
+    kept = np.linspace(0, len(y) - 1, min(len(y), _AUDIT_ROWS)).round().astype(int)
+    y, distribution = np.asarray(y)[kept], take_rows(distribution, kept)
+    if classes is not None:
+        probs = np.asarray(distribution.probs)
+        scores = class_scores(probs)[np.arange(len(y)), y.astype(int)]
+        sets = [prediction_sets(probs, conformal_threshold(scores, level)) for level in _NOMINAL]
+        observed = np.array([s[np.arange(len(y)), y.astype(int)].mean() for s in sets])
+        return Audit(y, probabilities=probs, interval_coverage=_with_errors(observed, len(y)))
+    tail = (1 - coverage) / 2
+    bounds = quantile(distribution, [tail, 1 - tail])
+    transform = pit(distribution, y)
+    observed = np.array([(np.abs(transform - 0.5) <= level / 2).mean() for level in _NOMINAL])
+    mean, _ = mean_and_variance(distribution)
+    return Audit(y, mean, bounds[:, 0], bounds[:, 1], transform, None, _with_errors(observed, len(y)))
+
+
+def _with_errors(observed: np.ndarray, rows: int) -> np.ndarray:
+    return np.stack([_NOMINAL, observed, np.sqrt(_NOMINAL * (1 - _NOMINAL) / rows)], 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +92,7 @@ class Prediction:
         leaderboard: one dict per learner: learner, log_score, crps|brier, coverage, width|set_size, seconds, weight,
             note (why it was skipped, or empty).
         warnings: sentences about the table.
+        unfamiliarity: distance of each test row from the nearest training rows, shape (rows,).
     """
 
     task: str
@@ -75,6 +109,7 @@ class Prediction:
     seconds: float
     classes: tuple | None = None
     warnings: tuple[str, ...] = ()
+    unfamiliarity: np.ndarray | None = None
     audit: Audit | None = None
     dependence: tuple[Dependence, ...] = ()
     files: dict[str, str] = dataclasses.field(default_factory=dict)

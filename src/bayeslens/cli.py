@@ -1,0 +1,180 @@
+"""The command line: every command takes the same arguments as the verb of its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turns your table, model or simulator into probabilities you can check and act on.",
+)
+
+
+def main() -> None:
+    """Run the command line: bad input ends with exit code 2 and one sentence, Ctrl-C with 130."""
+    from bayeslens.core.errors import InputError
+
+    _use_compilation_cache()
+    from bayeslens.gallery import add_commands
+
+    add_commands(app)
+    try:
+        app()
+    except InputError as error:
+        print(f"bayeslens: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("bayeslens: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs; set through the environment, so that jax is not imported here."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "bayeslens", "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@app.callback()
+def _root() -> None:
+    """Turns your table, model or simulator into probabilities you can check and act on."""
+
+
+@app.command()
+def predict(
+    train: Annotated[str | None, typer.Argument(help="CSV or Parquet table to learn from.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
+    test: Annotated[str | None, typer.Option(help="Table to predict; default: a held-out fifth.")] = None,
+    task: Annotated[str, typer.Option(help="auto, regression or classification.")] = "auto",
+    learner: Annotated[str, typer.Option(help="auto, or the name of a learner.")] = "auto",
+    coverage: Annotated[float, typer.Option(help="Coverage of intervals and sets.")] = 0.9,
+    above: Annotated[list[float] | None, typer.Option(help="Add the probability of exceeding this.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Column whose groups are never split.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column whose order every split respects.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Column of row weights.")] = None,
+    out: Annotated[str | None, typer.Option(help="Predictions, as CSV (default: predictions.csv).")] = None,
+    report: Annotated[str | None, typer.Option(help="Self-contained HTML report (default: report.html).")] = None,
+    save: Annotated[str | None, typer.Option(help="Where to keep the model (.bayes).")] = None,
+    load: Annotated[str | None, typer.Option(help="Model to predict with, instead of training.")] = None,
+    time_budget: Annotated[float, typer.Option(help="Seconds after which no further learner is tried.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """An honest probability for every row of a table: files, a leaderboard, a report."""
+    from bayeslens import verbs
+
+    with _progress(quiet=as_json) as progress:
+        prediction = verbs.predict(
+            train,
+            target,
+            test=test,
+            task=task,
+            learner=learner,
+            coverage=coverage,
+            above=tuple(above or ()),
+            groups=groups,
+            time=time,
+            weights=weights,
+            out=out or "predictions.csv",
+            report=report or (None if as_json else "report.html"),
+            save=save,
+            load=load,
+            time_budget=time_budget,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(_finite(prediction.summary())))
+    else:
+        _print_prediction(prediction)
+
+
+@app.command()
+def show(file: Annotated[str, typer.Argument(help="A .bayes file.")]) -> None:
+    """What a saved file holds."""
+    from bayeslens import verbs
+
+    print(verbs.show(file))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _progress(*, quiet: bool) -> Any:
+    """A context that gives a function to report what is running: a spinner on a terminal, nothing elsewhere."""
+    import contextlib
+
+    @contextlib.contextmanager
+    def context() -> Any:
+        if quiet or not sys.stderr.isatty():
+            yield lambda message: None
+            return
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("reading")
+            yield lambda message: bar.update(task, description=message)
+
+    return context()
+
+
+_COLUMNS = {
+    "log_score": ("log score ↑", ".3f"),
+    "crps": ("CRPS ↓", ".4g"),
+    "brier": ("Brier ↓", ".4f"),
+    "coverage": ("coverage", ".1%"),
+    "width": ("width ↓", ".4g"),
+    "set_size": ("set size ↓", ".2f"),
+    "weight": ("weight", ".2f"),
+    "seconds": ("seconds", ".1f"),
+}
+
+
+def _print_prediction(prediction: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for warning in prediction.warnings:
+        console.print(f"[yellow]note[/] {warning}", highlight=False, markup=True)
+    board = Table(title=f"Learners for {prediction.target}, by cross-validated log score", title_justify="left")
+    board.add_column("learner")
+    shown = [c for c in _COLUMNS if any(c in e for e in prediction.leaderboard)]
+    for column in shown:
+        board.add_column(_COLUMNS[column][0], justify="right")
+    for entry in prediction.leaderboard:
+        cells = [format(entry[c], _COLUMNS[c][1]) if c in entry else "" for c in shown]
+        board.add_row(entry["learner"] + (f" ({entry['note']})" if entry["note"] else ""), *cells)
+    console.print(board)
+    metrics = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in prediction.metrics.items())
+    source = "test rows" if prediction.metrics_from == "test" else "cross-validation"
+    console.print(f"{prediction.learner}: from {source}: {metrics}", highlight=False, markup=False)
+    console.print(
+        f"trained on {prediction.n_train} rows, predicted {prediction.n_test} rows in {prediction.seconds:.1f} s",
+        highlight=False,
+    )
+    for role, path in prediction.files.items():
+        console.print(f"{role}: {path}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    main()
