@@ -15,6 +15,7 @@ from bayeslens.core.table import Table
 
 PACKAGES = ("AER", "ISLR", "MASS")
 ROWS, COLUMNS = (300, 1000), (8, 30)
+IDENTIFIERS = {"rownames", "ID", "district", "individual"}  # codes that name a row: never target nor feature
 
 
 def tables() -> dict[str, tuple[pd.DataFrame, str, str]]:
@@ -33,7 +34,7 @@ def tables() -> dict[str, tuple[pd.DataFrame, str, str]]:
         found[f"sklearn/{name}"] = pd.concat([bunch.target.rename("target"), bunch.data], axis=1)
     result = {}
     for name, frame in found.items():
-        frame = frame.drop(columns=[c for c in frame.columns if c == "rownames"])
+        frame = frame.drop(columns=[c for c in frame.columns if c in IDENTIFIERS])
         dropped = {c.name for c in Table.from_data(frame).columns if c.kind == "dropped"}
         frame = frame.drop(columns=[c for c in frame.columns if str(c) in dropped])
         target = next(((c, task) for c in frame.columns if (task := _task(frame[c])) is not None), None)
