@@ -118,12 +118,27 @@ def put_together(parts: Parts) -> Distribution:
     if parts.family == "Independent":
         return dist.Independent(children[0], parts.settings[0])
     if parts.family == "MixtureSameFamily":
-        return dist.MixtureSameFamily(dist.CategoricalProbs(parts.arrays["probs"]), children[0])
+        weights = build(dist.CategoricalProbs, probs=parts.arrays["probs"])
+        return build(dist.MixtureSameFamily, mixing_distribution=weights, component_distribution=children[0])
     if parts.family in FAMILIES:
         return FAMILIES[parts.family].from_parts(parts.arrays, children, parts.settings)
     if parts.family not in _NUMPYRO:
         raise InputError(f"unknown distribution family {parts.family!r}; was it made by a newer bayeslens?")
-    return _NUMPYRO[parts.family](**parts.arrays)
+    return build(_NUMPYRO[parts.family], **parts.arrays)
+
+
+def build(family: type[Distribution], **parameters: Any) -> Distribution:
+    """A distribution whose parameters are known to be right.
+
+    NumPyro's check of arguments compiles a small program per shape, even for NumPy arrays.
+
+    >>> build(dist.Normal, loc=np.zeros(3), scale=np.ones(3)).batch_shape
+    (3,)
+    """
+    from numpyro import validation_enabled
+
+    with validation_enabled(False):
+        return family(**parameters)
 
 
 def take_rows(distribution: Distribution, rows: Int[Array, " taken"] | slice) -> Distribution:

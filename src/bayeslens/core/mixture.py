@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import Distribution, constraints
 
-from bayeslens.core.distribution import put_together, register_family, take_apart
+from bayeslens.core.distribution import build, put_together, register_family, take_apart
 from bayeslens.core.errors import InputError
 from bayeslens.core.quantile import backend, cumulative, log_density, logsumexp, mean_and_variance, moments
 
@@ -165,7 +165,7 @@ class Members(Distribution):
 def side_by_side(distributions: Sequence[Distribution]) -> Distribution:
     """Join distributions of batch shape (members_i, rows) along the member axis. Categoricals stay Categorical."""
     if all(isinstance(d, _CATEGORICAL) for d in distributions):
-        return dist.CategoricalProbs(np.concatenate([np.asarray(d.probs) for d in distributions]))
+        return build(dist.CategoricalProbs, probs=np.concatenate([np.asarray(d.probs) for d in distributions]))
     return Members(distributions) if len(distributions) > 1 else distributions[0]
 
 
@@ -194,7 +194,8 @@ def mix(distributions: Sequence[Distribution], weights: Float[Array, " component
     if len(distributions) == 1:
         return distributions[0]
     if all(isinstance(d, _CATEGORICAL) for d in distributions):
-        return dist.CategoricalProbs(sum(w * d.probs for w, d in zip(weights, distributions, strict=True)))
+        probs = sum(w * d.probs for w, d in zip(weights, distributions, strict=True))
+        return build(dist.CategoricalProbs, probs=probs)
     return Mixture(weights, distributions)
 
 
@@ -213,8 +214,9 @@ def mix_members(distribution: Distribution, weights: Float[Array, " members"]) -
     if distribution.batch_shape[0] == 1:
         return put_together(jax.tree.map(lambda a: a[0], take_apart(distribution)))
     if isinstance(distribution, _CATEGORICAL):
-        return dist.CategoricalProbs((weights[:, None, None] * distribution.probs).sum(0))
+        return build(dist.CategoricalProbs, probs=(weights[:, None, None] * distribution.probs).sum(0))
     parts = take_apart(distribution)
     last = len(distribution.batch_shape) - 1
     moved = jax.tree.map(lambda a: (jnp if isinstance(a, jax.Array) else np).moveaxis(a, 0, last), parts)
-    return dist.MixtureSameFamily(dist.CategoricalProbs(weights), put_together(moved))
+    mixing = build(dist.CategoricalProbs, probs=weights)
+    return build(dist.MixtureSameFamily, mixing_distribution=mixing, component_distribution=put_together(moved))

@@ -63,20 +63,29 @@ class Table(eqx.Module):
     is_array: bool = eqx.field(static=True, default=False)
 
     @classmethod
-    def from_data(cls, data: Any) -> Table:
-        """Look at the training rows: a DataFrame, or an array of shape (rows, columns).
+    def from_data(cls, data: Any, weights: Any = None) -> Table:
+        """Look at the training rows.
+
+        Args:
+            data: a DataFrame, or an array of shape (rows, columns).
+            weights: how much each row counts in means, scales and the order of categories, shape (rows,); a row of
+                weight 2 is as good as two rows, and one of weight 0 is not looked at.
 
         Raises:
-            InputError: no rows, no columns, duplicate names, infinite values, or no usable column.
+            InputError: no rows, no columns, duplicate names or infinite values.
         """
-        is_array = not isinstance(data, pd.DataFrame)
         frame = as_frame(data)
-        if frame.shape[0] == 0:
-            raise InputError("the table has no rows")
+        # An array of text is read like a frame.
+        is_array = not isinstance(data, pd.DataFrame | pd.Series) and all(d.kind in "fiub" for d in frame.dtypes)
+        weights = np.ones(len(frame)) if weights is None else np.asarray(weights, np.float64)
+        if (weights == 0).any():
+            frame, weights = frame[weights > 0], weights[weights > 0]
+        if 0 in frame.shape:
+            raise InputError(f"the table has no {'rows' if frame.shape[0] == 0 else 'columns'}")
         repeated = frame.columns[frame.columns.duplicated()].unique().tolist()
         if repeated:
             raise InputError(f"duplicate column names {repeated}: rename them so that each name stands once")
-        columns = tuple(_look_at(str(name), frame[name], is_array) for name in frame.columns)
+        columns = tuple(_look_at(str(name), frame[name], weights, is_array) for name in frame.columns)
         return cls(columns, is_array)
 
     @property
@@ -126,11 +135,8 @@ class Table(eqx.Module):
 
     def trees(self, data: Any) -> Float[np.ndarray, "rows features"]:
         """Features for trees: numbers with NaN where missing, category codes with NaN where missing or unseen."""
-        if self._all_numeric and not isinstance(data, pd.DataFrame):
-            return self._raw(data)
-        frame = self.check(data)
-        blocks = [_tree_features(c, frame[c.name]) for c in self.columns if c.num_features]
-        return np.concatenate(blocks, 1) if blocks else np.zeros((len(frame), 0), np.float32)
+        with np.errstate(over="ignore"):
+            return self._features(data).astype(np.float32)
 
     def unseen_categories(self, data: Any) -> Bool[np.ndarray, " rows"]:
         """Rows with a category that no training row had (missing values are not categories)."""
@@ -148,20 +154,21 @@ class Table(eqx.Module):
         A `jax.Array` may be traced, when every column is numeric.
         """
         if isinstance(data, jax.Array):
-            if not self._all_numeric:
+            if not self.is_array:
                 raise InputError("a traced array needs a table of numeric columns only")
             return self._standardize(data, jnp)
-        return self._standardize(self.trees(data), np)
+        return self._standardize(self._features(data), np)
 
-    @property
-    def _all_numeric(self) -> bool:
-        return self.is_array
-
-    def _raw(self, data: Any) -> np.ndarray:
-        array = np.asarray(data, np.float32)
-        if array.ndim != 2 or array.shape[1] != len(self.columns):
-            self.check(data)
-        return array[:, [i for i, c in enumerate(self.columns) if c.num_features]]
+    def _features(self, data: Any) -> Float[np.ndarray, "rows features"]:
+        """The tree view in float64: seconds since 1970 lose their minutes in float32."""
+        if self.is_array and not isinstance(data, pd.DataFrame):
+            array = np.asarray(data, np.float64)
+            if array.ndim != 2 or array.shape[1] != len(self.columns):
+                self.check(data)
+            return array[:, [i for i, c in enumerate(self.columns) if c.num_features]]
+        frame = self.check(data)
+        blocks = [_tree_features(c, frame[c.name]) for c in self.columns if c.num_features]
+        return np.concatenate(blocks, 1) if blocks else np.zeros((len(frame), 0))
 
     def _standardize(self, x: Any, xp: Any) -> Any:
         if xp is jnp:
@@ -172,7 +179,7 @@ class Table(eqx.Module):
             position += c.num_features
             if c.kind in ("numeric", "date"):
                 missing = xp.isnan(part)
-                scaled = (part - np.asarray(c.centers, np.float32)) / np.asarray(c.scales, np.float32)
+                scaled = (part - np.asarray(c.centers, part.dtype)) / np.asarray(c.scales, part.dtype)
                 blocks.append(xp.clip(xp.where(missing, 0.0, scaled), -20.0, 20.0))
                 if c.has_missing:
                     blocks.append(missing[:, :1].astype(part.dtype))
@@ -181,7 +188,9 @@ class Table(eqx.Module):
                 # Two categories need one indicator; unseen and missing get none.
                 codes = np.arange(1 if kept == 2 and not c.has_missing else kept)
                 blocks.append((part == codes).astype(part.dtype))
-        return xp.concatenate(blocks, 1) if blocks else xp.zeros((x.shape[0], 0), np.float32)
+        if not blocks:
+            return xp.zeros((x.shape[0], 0), np.float32)
+        return xp.concatenate(blocks, 1) if xp is jnp else np.concatenate(blocks, 1, dtype=np.float32)
 
 
 def as_frame(data: Any) -> pd.DataFrame:
@@ -222,7 +231,7 @@ def _texts(series: pd.Series) -> pd.Series:
     return series.astype(str).where(~missing, None)
 
 
-def _look_at(name: str, series: pd.Series, is_array: bool) -> Column:
+def _look_at(name: str, series: pd.Series, weights: np.ndarray, is_array: bool) -> Column:
     """Decide what a column is, from its training values."""
     present = series.dropna()
     if len(present) == 0:
@@ -232,14 +241,15 @@ def _look_at(name: str, series: pd.Series, is_array: bool) -> Column:
     if not (is_array or (pd.api.types.is_numeric_dtype(series) and not is_boolean)):
         kind = _kind_of_text(present) if not is_boolean else "categorical"
     if kind == "numeric":
-        return _look_at_numbers(name, series, is_array)
+        return _look_at_numbers(name, series, weights, is_array)
     if kind == "date":
         features = _date_features(_dates(series))
         if not np.isfinite(features[:, 0]).any():
             return Column(name, "dropped", "no date could be read; not used")
-        return Column(name, "date", has_missing=bool(np.isnan(features[:, 0]).any()), **_centers_and_scales(features))
+        has_missing = bool(np.isnan(features[:, 0]).any())
+        return Column(name, "date", has_missing=has_missing, **_centers_and_scales(features, weights))
     texts = _texts(series)
-    counts = texts.value_counts()
+    counts = pd.Series(weights).groupby(texts.to_numpy()).sum()
     if len(counts) == 1 and not texts.isna().any():
         return Column(name, "dropped", "constant; not used")
     if len(counts) > 20 and len(counts) > 0.9 * len(present) and not isinstance(series.dtype, pd.CategoricalDtype):
@@ -262,7 +272,7 @@ def _kind_of_text(present: pd.Series) -> str:
     return "categorical"
 
 
-def _look_at_numbers(name: str, series: pd.Series, is_array: bool) -> Column:
+def _look_at_numbers(name: str, series: pd.Series, weights: np.ndarray, is_array: bool) -> Column:
     values = _numbers(series)
     infinite = int(np.isinf(values).sum())
     if infinite:
@@ -289,15 +299,16 @@ def _look_at_numbers(name: str, series: pd.Series, is_array: bool) -> Column:
             reason = (
                 "looks like an identifier or a row number (1 apart, all different); used, but check that it should be"
             )
-    return Column(
-        name, "numeric", reason, has_missing=len(finite) < len(values), **_centers_and_scales(values[:, None])
-    )
+    moments = _centers_and_scales(values[:, None], weights)
+    return Column(name, "numeric", reason, has_missing=len(finite) < len(values), **moments)
 
 
-def _centers_and_scales(features: np.ndarray) -> dict[str, tuple[float, ...]]:
-    with np.errstate(over="ignore"):
-        centers = np.nanmean(features, 0)
-        scales = np.nanstd(features, 0)
+def _centers_and_scales(features: np.ndarray, weights: np.ndarray) -> dict[str, tuple[float, ...]]:
+    present = np.where(np.isnan(features), 0.0, weights[:, None])
+    share = present / present.sum(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        centers = (share * np.nan_to_num(features)).sum(0)
+        scales = np.sqrt((share * np.square(np.nan_to_num(features - centers))).sum(0))
     scales = np.where((scales > 0) & np.isfinite(scales), scales, 1.0)
     return {"centers": tuple(centers.tolist()), "scales": tuple(scales.tolist())}
 
@@ -305,7 +316,7 @@ def _centers_and_scales(features: np.ndarray) -> dict[str, tuple[float, ...]]:
 def _date_features(dates: pd.Series) -> np.ndarray:
     """Days since 1970, day of the year, weekday, hour."""
     days = (dates - pd.Timestamp("1970-01-01")) / pd.Timedelta(days=1)
-    parts = (days, dates.dt.dayofyear, dates.dt.weekday, dates.dt.hour)
+    parts = (days, dates.dt.day_of_year, dates.dt.day_of_week, dates.dt.hour)
     return np.stack([p.to_numpy(np.float64, na_value=np.nan) for p in parts], 1)
 
 
@@ -315,10 +326,10 @@ def _tree_features(column: Column, series: pd.Series) -> np.ndarray:
         infinite = int(np.isinf(values).sum())
         if infinite:
             raise InputError(f"column {column.name!r} holds {infinite} infinity values: replace them by missing values")
-        return values.astype(np.float32)[:, None]
+        return values[:, None]
     if column.kind == "date":
-        return _date_features(_dates(series)).astype(np.float32)
-    codes = pd.Index(column.categories).get_indexer(_texts(series)).astype(np.float32)
+        return _date_features(_dates(series))
+    codes = pd.Index(column.categories).get_indexer(_texts(series)).astype(np.float64)
     return np.where(codes < 0, np.nan, codes)[:, None]
 
 

@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 from jaxtyping import Float
 from numpyro.distributions import Distribution
 
+from bayeslens.core.distribution import build
 from bayeslens.core.errors import InputError
 from bayeslens.core.transformed import Recalibrated
 
@@ -89,7 +90,7 @@ class Temperature(eqx.Module):
     def __call__(self, distribution: Distribution) -> Distribution:
         """The rescaled Categorical."""
         powered = np.asarray(distribution.probs) ** self.inverse
-        return dist.CategoricalProbs(powered / powered.sum(-1, keepdims=True))
+        return build(dist.CategoricalProbs, probs=powered / powered.sum(-1, keepdims=True))
 
 
 class CalibrationError(NamedTuple):

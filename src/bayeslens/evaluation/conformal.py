@@ -94,3 +94,18 @@ def prediction_sets(probs: Any, threshold: float) -> Bool[np.ndarray, "rows clas
     inside = class_scores(probs) <= threshold + 1e-12
     inside[np.arange(len(probs)), probs.argmax(1)] = True
     return inside
+
+
+def highest_probability_sets(probs: Any, coverage: float) -> Bool[np.ndarray, "rows classes"]:
+    """The fewest classes whose probabilities sum to at least `coverage`: right only if the probabilities are.
+
+    >>> highest_probability_sets(np.array([[0.7, 0.2, 0.1]]), 0.9).tolist()
+    [[True, True, False]]
+    """
+    probs = np.asarray(probs, np.float64)
+    order = np.argsort(-probs, axis=1, kind="stable")
+    ordered = np.take_along_axis(probs, order, 1)
+    result = np.empty(probs.shape, bool)
+    # A class belongs while those before it do not reach the coverage; the tolerance is that of float32 probabilities.
+    np.put_along_axis(result, order, np.cumsum(ordered, 1) - ordered < coverage - 1e-6, 1)
+    return result
