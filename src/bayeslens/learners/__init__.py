@@ -8,12 +8,19 @@ _PUBLIC = {
     "Auto": "auto",
     "BayesianLinearRegression": "linear",
     "BayesianLogisticRegression": "linear",
+    "ConformalizedQuantiles": "conformalized_quantiles",
+    "DEUP": "deup",
+    "DeepEnsemble": "deep_ensemble",
+    "GaussianProcess": "gaussian_process",
     "NGBoost": "ngboost",
     "Stacking": "stacking",
 }
 # Names for `--learner`: the class for each task, and its settings.
 LEARNERS: dict[str, dict[str, tuple[str, dict]]] = {
     "linear": {"regression": ("BayesianLinearRegression", {}), "classification": ("BayesianLogisticRegression", {})},
+    "conformalized_quantiles": {"regression": ("ConformalizedQuantiles", {})},
+    "deep_ensemble": {"regression": ("DeepEnsemble", {}), "classification": ("DeepEnsemble", {})},
+    "gaussian_process": {"regression": ("GaussianProcess", {})},
     "ngboost": {"regression": ("NGBoost", {}), "classification": ("NGBoost", {})},
 }
 __all__ = sorted(_PUBLIC)
@@ -21,6 +28,10 @@ __all__ = sorted(_PUBLIC)
 
 def make(name: str, task: str) -> object:
     """The learner of a name in `LEARNERS`, for a task."""
+    from bayeslens.core.errors import InputError
+
+    if task not in LEARNERS[name]:
+        raise InputError(f"{name} cannot do {task}: use auto, {', '.join(n for n in LEARNERS if task in LEARNERS[n])}")
     class_name, settings = LEARNERS[name][task]
     return __getattr__(class_name)(**settings)
 

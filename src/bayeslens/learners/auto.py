@@ -37,17 +37,29 @@ def candidates(target: Target, rows: int) -> list[tuple[str, Learner]]:
     >>> [name for name, _ in candidates(Target.from_values(np.arange(50.0) ** 1.5), 50)][0]
     'linear'
     """
-    from bayeslens.learners.linear import BayesianLinearRegression, BayesianLogisticRegression
+    from bayeslens.learners import make
     from bayeslens.learners.ngboost import NGBoost
 
+    y = target.values
     if target.classes is not None:
-        found: list[tuple[str, Learner]] = []
-        if len(target.classes) <= 30 and rows <= _REFIT_ROWS:
-            found.append(("logistic", BayesianLogisticRegression()))
-        found.append(("ngboost", NGBoost()))
-        return found
-    found = [("linear", BayesianLinearRegression()), ("ngboost", NGBoost())]
+        names = ["logistic", "ngboost", "deep_ensemble"]
+        if rows > _REFIT_ROWS or len(target.classes) > 30:
+            names.remove("logistic")
+        return [(name, make("linear" if name == "logistic" else name, "classification")) for name in names]
+    found = [("linear", make("linear", "regression")), ("ngboost", make("ngboost", "regression"))]
+    counts = target.step == 1.0 and y.min() >= 0 and (y.max() <= 300 or (y == 0).mean() > 0.02)
+    if counts:
+        found.append(("ngboost_negative_binomial", NGBoost(distribution="poisson")))
+    if y.min() > 0 and np.log(y).std() > 0.1 and _skewness(y) > 0.5:
+        found.append(("ngboost_lognormal", NGBoost(distribution="lognormal")))
+    found.append(("gaussian_process", make("gaussian_process", "regression")))
+    found.append(("ngboost_student_t", NGBoost(distribution="student_t")))
+    found.append(("deep_ensemble", make("deep_ensemble", "regression")))
     return found
+
+
+def _skewness(y: np.ndarray) -> float:
+    return float((((y - y.mean()) / y.std()) ** 3).mean())
 
 
 def metric_table(
