@@ -34,7 +34,7 @@ _NUMPYRO = {
     )
 }  # fmt: skip
 # Families with alternative parameters: the ones that rebuild them.
-_ARGUMENTS = {"MultivariateNormal": ("loc", "scale_tril"), "Delta": ("v",)}
+_ARGUMENTS = {"MultivariateNormal": ("loc", "scale_tril")}
 
 
 class Parts(eqx.Module):
@@ -79,6 +79,16 @@ def take_apart(distribution: Distribution) -> Parts:
         return Parts(
             "Independent", {}, (take_apart(distribution.base_dist),), (distribution.reinterpreted_batch_ndims,)
         )
+    if isinstance(distribution, dist.ExpandedDistribution):
+        rank = len(distribution.base_dist.batch_shape)
+        return jax.tree.map(
+            lambda a: _broadcast(a.reshape(*[1] * (len(batch) - rank), *a.shape), (*batch, *a.shape[rank:])),
+            take_apart(distribution.base_dist),
+        )
+    if isinstance(distribution, dist.Delta):  # its parameters' event rank is that of each instance
+        event = distribution.event_shape
+        arrays = {"v": (distribution.v, event), "log_density": (distribution.log_density, ())}
+        return Parts(name, {k: _broadcast(a, (*batch, *e)) for k, (a, e) in arrays.items()}, (), (len(event),))
     if isinstance(distribution, dist.MixtureSameFamily):
         probs = distribution.mixing_distribution.probs
         arrays = {"probs": _broadcast(probs, (*batch, np.shape(probs)[-1]))}
@@ -120,6 +130,8 @@ def put_together(parts: Parts) -> Distribution:
     if parts.family == "MixtureSameFamily":
         weights = build(dist.CategoricalProbs, probs=parts.arrays["probs"])
         return build(dist.MixtureSameFamily, mixing_distribution=weights, component_distribution=children[0])
+    if parts.family == "Delta":
+        return build(dist.Delta, **parts.arrays, event_dim=parts.settings[0])
     if parts.family in FAMILIES:
         return FAMILIES[parts.family].from_parts(parts.arrays, children, parts.settings)
     if parts.family not in _NUMPYRO:

@@ -34,7 +34,7 @@ class Mixture(Distribution):
     """
 
     arg_constraints = {"probs": constraints.simplex}
-    pytree_data_fields = ("components",)
+    pytree_data_fields = ("components", "probs")
 
     def __init__(self, probs: Any, components: Sequence[Distribution], *, validate_args: bool | None = None):
         self.components = tuple(components)

@@ -31,7 +31,6 @@ _CLOSED_FORM = (
     dist.Gumbel,
     dist.Uniform,
     dist.Exponential,
-    dist.Weibull,
     dist.HalfNormal,
 )
 _SCIPY: dict[type, Callable[[Any, Any], Any]] = {
@@ -43,6 +42,11 @@ _SCIPY: dict[type, Callable[[Any, Any], Any]] = {
     dist.Gumbel: lambda s, d: s.gumbel_r(_host(d.loc), _host(d.scale)),
     dist.Gamma: lambda s, d: s.gamma(_host(d.concentration), scale=1 / _host(d.rate)),
     dist.Beta: lambda s, d: s.beta(_host(d.concentration1), _host(d.concentration0)),
+    dist.Cauchy: lambda s, d: s.cauchy(_host(d.loc), _host(d.scale)),
+    dist.HalfNormal: lambda s, d: s.halfnorm(scale=_host(d.scale)),
+    dist.InverseGamma: lambda s, d: s.invgamma(_host(d.concentration), scale=_host(d.rate)),
+    dist.Uniform: lambda s, d: s.uniform(_host(d.low), _host(d.high) - _host(d.low)),
+    dist.Weibull: lambda s, d: s.weibull_min(_host(d.concentration), scale=_host(d.scale)),
     dist.Exponential: lambda s, d: s.expon(scale=1 / _host(d.rate)),
     dist.Poisson: lambda s, d: s.poisson(_host(d.rate)),
     dist.GammaPoisson: lambda s, d: s.nbinom(_host(d.concentration), _host(d.rate) / (1 + _host(d.rate))),
@@ -93,10 +97,24 @@ def log_density(distribution: Distribution, y: Any) -> Any:
         codes, probs = xp.broadcast_to(codes, shape)[..., None], xp.broadcast_to(probs, (*shape, probs.shape[-1]))
         with np.errstate(divide="ignore"):
             return xp.log(xp.take_along_axis(probs, codes, -1))[..., 0]
-    if distribution.support in (constraints.positive, constraints.nonnegative):
-        y = jnp.asarray(y)
-        return jnp.where(y > 0, distribution.log_prob(jnp.where(y > 0, y, 1.0)), -jnp.inf)
-    return distribution.log_prob(y)
+    limits = _limits(distribution)
+    if limits is None:
+        return distribution.log_prob(y)
+    y = jnp.asarray(y)
+    inside = (y > limits[0]) & (y < limits[1])
+    if isinstance(distribution, dist.Uniform | dist.Exponential | dist.HalfNormal):  # dense up to the ends
+        inside = (y >= limits[0]) & (y <= limits[1])
+    return jnp.where(inside, distribution.log_prob(jnp.where(inside, y, limits[2])), -jnp.inf)
+
+
+def _limits(distribution: Distribution) -> tuple[Any, Any, Any] | None:
+    """Ends of a bounded support and a point in between: NumPyro's functions are undefined outside."""
+    support = distribution.support
+    if isinstance(distribution, dist.Uniform):
+        return distribution.low, distribution.high, (distribution.low + distribution.high) / 2
+    if support in (constraints.positive, constraints.nonnegative):
+        return 0.0, jnp.inf, 1.0
+    return (0.0, 1.0, 0.5) if support == constraints.unit_interval else None
 
 
 def _last(y: Any) -> Any:
@@ -150,10 +168,12 @@ def cumulative(distribution: Distribution, y: Any) -> Any:
     if isinstance(distribution, dist.MixtureSameFamily):
         inner = cumulative(distribution.component_distribution, _last(y))
         return (distribution.mixing_distribution.probs * inner).sum(-1)
-    if distribution.support in (constraints.positive, constraints.nonnegative):
-        inside = jnp.asarray(y) > 0  # numpyro's cdf of a positive variable is undefined elsewhere
-        return jnp.where(inside, distribution.cdf(jnp.where(inside, y, 1.0)), 0.0)
-    return distribution.cdf(y)
+    limits = _limits(distribution)
+    if limits is None:
+        return distribution.cdf(y)
+    y = jnp.asarray(y)
+    inside = (y > limits[0]) & (y < limits[1])
+    return jnp.where(inside, distribution.cdf(jnp.where(inside, y, limits[2])), jnp.where(y <= limits[0], 0.0, 1.0))
 
 
 def moments(distribution: Distribution) -> tuple[Any, Any]:
@@ -190,6 +210,8 @@ def invert_cdf(distribution: Distribution, q: Any) -> Any:
     guess = _guess(distribution, q)
     if backend(*guess) is np:
         low, high = (np.broadcast_to(g, shape) for g in guess)
+        if distribution.is_discrete:
+            return _bisect_on_host(lambda y: cumulative(distribution, y) < q, low, high)
         return _solve_on_host(lambda y: cumulative(distribution, y) - q, low, high)
     q = jnp.broadcast_to(q, shape)
     low, high = _widen(distribution, q, *(jnp.broadcast_to(g, shape) for g in guess))
@@ -255,6 +277,16 @@ def _bisect_integers(distribution: Distribution, q: Array, low: Array, high: Arr
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     return jax.lax.while_loop(lambda c: jnp.any(c[1] - c[0] > 1), halve, (low, jnp.ceil(high)))[1]
+
+
+def _bisect_on_host(below: Callable, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """The smallest integer that is not `below`, known to lie between `low` and `high`."""
+    low, high = low - 1, high + 0
+    while (high - low > 1).any():
+        middle = np.floor((low + high) / 2)
+        under = below(middle)
+        low, high = np.where(under, middle, low), np.where(under, high, middle)
+    return high
 
 
 def _solve_on_host(function: Callable, low: np.ndarray, high: np.ndarray) -> np.ndarray:

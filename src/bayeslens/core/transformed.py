@@ -47,7 +47,7 @@ class Recalibrated(Distribution):
     """
 
     arg_constraints = {"knots": constraints.real_vector, "levels": constraints.real_vector}
-    pytree_data_fields = ("base",)
+    pytree_data_fields = ("base", "knots", "levels")
     support = constraints.real
 
     def __init__(self, base: Distribution, knots: Any, levels: Any, *, validate_args: bool | None = None):

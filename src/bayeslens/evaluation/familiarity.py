@@ -49,13 +49,18 @@ class Familiarity(eqx.Module):
         """Distance to the third nearest reference row, in standard deviations."""
         return _neighbour_distance(self.table.dense(data), self.reference, skip=0)
 
-    def unfamiliar(self, data: Any, *, level: float = 0.01) -> Bool[np.ndarray, " rows"]:
-        """Rows farther out than all but about 1% of the training rows, or with a category never seen in training.
+    def unfamiliar(self, data: Any, distance: Any = None) -> Bool[np.ndarray, " rows"]:
+        """Rows far from all training rows, or with a category never seen in training.
 
-        A row also has to lie 1.5 times as far out as that, so that small tables do not flag by chance.
+        Far is 1.5 times as far out as 99% of the training rows, so that small tables do not flag by chance.
+
+        Args:
+            data: rows.
+            distance: what `distance(data)` gave, where it is known already.
         """
-        edge = 1.5 * np.quantile(self.distances, 1 - level)
-        return (self.distance(data) > edge) | self.table.unseen_categories(data)
+        edge = 1.5 * np.quantile(self.distances, 0.99)
+        distance = self.distance(data) if distance is None else distance
+        return (distance > edge) | self.table.unseen_categories(data)
 
 
 def _neighbour_distance(x: np.ndarray, reference: np.ndarray, *, skip: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from jaxtyping import Float
 from numpyro.distributions import Distribution
 
+from bayeslens.core.distribution import build
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
 from bayeslens.core.table import Table, Target
@@ -33,8 +34,10 @@ def check_weights(weights: Any, rows: int) -> Float[np.ndarray, " rows"]:
         weights = np.full(rows, float(weights))
     if weights.shape != (rows,):
         raise InputError(f"weights have shape {weights.shape}, sample_weight.shape == {(rows,)} is needed: one per row")
-    if not np.isfinite(weights).all() or (weights < 0).any() or not (weights > 0).any():
-        raise InputError("weights must be finite and not negative, and at least one must be positive")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise InputError("weights must be finite and not negative")
+    if not (weights > 0).any():
+        raise InputError("all weights are zero: at least one row has to count")
     return weights
 
 
@@ -65,8 +68,8 @@ class BayesianLinearRegression(Learner):
             InputError: a target that is not numeric, or weights that do not fit.
         """
         target = Target.from_values(y, "regression")
-        table = Table.from_data(X)
         weights = check_weights(weights, len(target.values))
+        table = Table.from_data(X, weights)
         count = weights.sum()
         center = (weights * target.values).sum() / count
         scale = max(np.sqrt((weights * (target.values - center) ** 2).sum() / count), 1e-12 * max(1.0, abs(center)))
@@ -167,16 +170,16 @@ class LinearPredictive(Predictive):
         location, spread = self._location_and_spread(x)
         deviation = self.noise_scale * xp.sqrt(spread)
         locations = location + _NODES[:, None] * deviation
-        members = dist.StudentT(
-            xp.full_like(locations, self.degrees), locations, xp.full_like(locations, self.noise_scale)
-        )
+        noise = xp.full_like(locations, self.noise_scale)
+        members = build(dist.StudentT, df=xp.full_like(locations, self.degrees), loc=locations, scale=noise)
         return members, _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
 
     def __call__(self, x: Any) -> Distribution:
         """The exact Student t marginals."""
         xp = jnp if isinstance(x, jax.Array) else np
         location, spread = self._location_and_spread(x)
-        return dist.StudentT(xp.full_like(location, self.degrees), location, self.noise_scale * xp.sqrt(1 + spread))
+        scale = self.noise_scale * xp.sqrt(1 + spread)
+        return build(dist.StudentT, df=xp.full_like(location, self.degrees), loc=location, scale=scale)
 
     def joint(self, x: Any) -> Distribution:
         """The exact multivariate Student t over all rows."""
@@ -215,8 +218,8 @@ class BayesianLogisticRegression(Learner):
             InputError: one class only, or weights that do not fit.
         """
         target = Target.from_values(y, "classification")
-        table = Table.from_data(X)
         weights = check_weights(weights, len(target.values))
+        table = Table.from_data(X, weights)
         features = np.concatenate([np.ones((len(weights), 1), np.float32), table.dense(X)], 1).astype(np.float64)
         labels = np.eye(len(target.classes))[target.values.astype(int)]
         mode = np.zeros((features.shape[1], labels.shape[1]))
@@ -302,4 +305,5 @@ class LogisticPredictive(Predictive):
         logits = logits - logits.max(-1, keepdims=True)
         probs = xp.exp(logits)
         count = len(self.coefficients)
-        return dist.CategoricalProbs(probs / probs.sum(-1, keepdims=True)), np.full(count, 1 / count, np.float32)
+        members = build(dist.CategoricalProbs, probs=probs / probs.sum(-1, keepdims=True))
+        return members, np.full(count, 1 / count, np.float32)

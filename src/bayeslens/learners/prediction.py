@@ -203,7 +203,7 @@ def _answer(
     else:
         added = _class_columns(model, test, distribution, coverage)
     distance = model.familiarity.distance(test)
-    added["unfamiliar"] = model.familiarity.unfamiliar(test)
+    added["unfamiliar"] = model.familiarity.unfamiliar(test, distance)
     clash = [c for c in added if c in test.columns]
     if clash:
         warnings.append(f"the columns {clash} of the test table were replaced by predictions of the same name")

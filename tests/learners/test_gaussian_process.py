@@ -1,0 +1,311 @@
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pandas as pd
+import pytest
+from scipy.stats import multivariate_normal, norm
+
+from bayeslens.core.errors import InputError
+from bayeslens.core.table import Table
+from bayeslens.learners.gaussian_process import (
+    Covariance,
+    GaussianProcess,
+    cholesky,
+    exact_posterior,
+    hyperprior,
+    input_groups,
+    log_evidence,
+    one_thread,
+)
+from bayeslens.learners.sparse_gaussian_process import evidence_bound, fit_sparse, inducing_points, sparse_posterior
+
+GROUPS = np.array([0, 1, 1])  # the last two inputs share a length scale
+PARAMETERS = np.log([1.3, 0.8, 0.9, 0.4, 0.5])
+COVARIANCE = Covariance(np.array([1.3, 0.8, 0.8]), 0.9, 0.4)
+NOISE = 0.5
+
+
+def rows(count, inputs=3, seed=0):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(count, inputs))
+    return x, np.sin(2 * x[:, 0]) + 0.5 * x[:, -1] + 0.3 * generator.normal(size=count)
+
+
+def slow_covariance(x, z):
+    """The formula, pair by pair."""
+    r = np.sqrt(np.square((x[:, None] - z[None]) / COVARIANCE.lengths).sum(-1))
+    smooth = 0.9**2 * (1 + np.sqrt(5) * r + 5 / 3 * r**2) * np.exp(-np.sqrt(5) * r)
+    return smooth + 0.4**2 / 3 * x @ z.T + 1.0
+
+
+def differences(function, at, step=1e-5):
+    return np.array([(function(at + step * e)[0] - function(at - step * e)[0]) / 2 / step for e in np.eye(len(at))])
+
+
+def held_out(learner, X, y, key=None):
+    fold = np.random.default_rng(1).permutation(len(y)) % 4
+    scores = np.empty(len(y))
+    for k in range(4):
+        d = learner.fit(X[fold != k], y[fold != k], key=key)(X[fold == k])
+        scores[fold == k] = norm.logpdf(y[fold == k], d.loc, d.scale)
+    return scores.mean()
+
+
+def test_posterior_and_evidence_equal_the_closed_form():
+    x, y = rows(40)
+    new = rows(7, seed=1)[0]
+    latent = exact_posterior(PARAMETERS, GROUPS, x, y, np.ones(40))
+    total = slow_covariance(x, x) + NOISE**2 * np.eye(40)
+    cross = slow_covariance(new, x)
+    mean, covariance = latent.joint(new, x)
+    np.testing.assert_allclose(mean, cross @ np.linalg.solve(total, y), atol=1e-10)
+    expected = slow_covariance(new, new) - cross @ np.linalg.solve(total, cross.T)
+    np.testing.assert_allclose(covariance, expected, atol=1e-10)
+    np.testing.assert_allclose(latent.moments(new, x)[1], np.sqrt(np.diag(expected)), atol=1e-9)
+    value = log_evidence(PARAMETERS, GROUPS, x, y, np.ones(40))[0]
+    assert value == pytest.approx(multivariate_normal(np.zeros(40), total).logpdf(y), abs=1e-8)
+
+
+def test_posterior_equals_tinygp_in_float64():
+    import tinygp
+
+    x, y = rows(30)
+    new = rows(5, seed=1)[0]
+    latent = exact_posterior(PARAMETERS, GROUPS, x, y, np.ones(30))
+    with jax.enable_x64(True):
+        kernel = (
+            0.9**2 * tinygp.transforms.Linear(jnp.asarray(1 / COVARIANCE.lengths), _matern(tinygp))
+            + 0.4**2 / 3 * tinygp.kernels.DotProduct()
+            + tinygp.kernels.Constant(1.0)
+        )
+        process = tinygp.GaussianProcess(kernel, jnp.asarray(x), diag=NOISE**2)
+        evidence, conditioned = process.condition(jnp.asarray(y), jnp.asarray(new))
+        evidence, mean, variance = float(evidence), np.asarray(conditioned.loc), np.asarray(conditioned.variance)
+    assert log_evidence(PARAMETERS, GROUPS, x, y, np.ones(30))[0] == pytest.approx(evidence, abs=1e-6)
+    found_mean, found_deviation = latent.moments(new, x)
+    np.testing.assert_allclose(found_mean, mean, atol=1e-6)
+    np.testing.assert_allclose(found_deviation**2, variance, atol=1e-6)
+
+
+def _matern(tinygp):
+    return tinygp.kernels.Matern52(distance=tinygp.kernels.distance.L2Distance())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_equal_finite_differences(seed):
+    x, y = rows(30, seed=seed)
+    weights = np.random.default_rng(seed).uniform(0.3, 3, 30)
+    at = PARAMETERS + 0.3 * np.random.default_rng(seed).normal(size=5)
+    exact = lambda p: log_evidence(p, GROUPS, x, y, weights)  # noqa: E731
+    np.testing.assert_allclose(exact(at)[1], differences(exact, at), rtol=1e-6, atol=1e-6)
+    bound = lambda p: evidence_bound(p, GROUPS, x, y, weights, x[:9] + 0.1)  # noqa: E731
+    np.testing.assert_allclose(bound(at)[1], differences(bound, at), rtol=1e-4, atol=1e-4)
+
+
+def test_sparse_with_every_row_as_inducing_point_is_exact():
+    x, y = rows(50)
+    weights = np.random.default_rng(0).uniform(0.3, 3, 50)
+    new = rows(9, seed=1)[0]
+    exact = exact_posterior(PARAMETERS, GROUPS, x, y, weights).moments(new, x)
+    latent, bound = sparse_posterior(PARAMETERS, GROUPS, x, y, weights, x)
+    np.testing.assert_allclose(latent.moments(new, x), exact, atol=1e-5)
+    value = log_evidence(PARAMETERS, GROUPS, x, y, weights)[0]
+    assert bound == pytest.approx(value, abs=1e-3)
+    assert evidence_bound(PARAMETERS, GROUPS, x, y, weights, x)[0] == pytest.approx(bound, abs=1e-6)
+
+
+def test_the_bound_is_below_the_evidence_and_rises_with_inducing_points():
+    x, y = rows(80)
+    data = (PARAMETERS, GROUPS, x, y, np.ones(80))
+    bounds = [evidence_bound(*data, inducing_points(COVARIANCE, x, count))[0] for count in (5, 20, 60)]
+    assert bounds[0] < bounds[1] < bounds[2] < log_evidence(*data)[0]
+
+
+def test_large_tables_use_inducing_points_and_predict_as_well():
+    x, y = rows(900)
+    new, y_new = rows(300, seed=1)
+    exact = GaussianProcess().fit(x, y)
+    sparse = GaussianProcess(max_exact_rows=500, num_inducing=80).fit(x, y)
+    assert sparse.points.shape == (80, 3)
+    assert sparse.log_evidence < exact.log_evidence + 1e-6
+    scores = [norm.logpdf(y_new, p(new).loc, p(new).scale).mean() for p in (exact, sparse)]
+    assert scores[1] > scores[0] - 0.02
+
+
+def test_sparse_bound_streams_over_chunks(monkeypatch):
+    from bayeslens.learners import sparse_gaussian_process as module
+
+    x, y = rows(60)
+    data = (PARAMETERS, GROUPS, x, y, np.ones(60), x[:10])
+    whole = module.sparse_posterior(*data)
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    parts = module.sparse_posterior(*data)
+    assert parts[1] == pytest.approx(whole[1], abs=1e-8)
+    np.testing.assert_allclose(parts[0].coefficients, whole[0].coefficients, rtol=1e-4, atol=1e-4)
+
+
+def test_recovers_hyperparameters():
+    generator = np.random.default_rng(3)
+    x = generator.uniform(-3, 3, (400, 2))
+    covariance = Covariance(np.array([0.8, 6.0]), 1.0, 0.0)
+    function = np.linalg.cholesky(covariance(x, x) + 1e-9 * np.eye(400)) @ generator.normal(size=400)
+    y = 10 + 5 * (function + 0.2 * generator.normal(size=400))
+    predictive = GaussianProcess().fit(x, y)
+    lengths = predictive.latent.covariance.lengths * x.std(0)  # the table standardizes
+    assert 0.5 < lengths[0] < 1.3
+    assert lengths[1] > 3
+    assert predictive.scale * predictive.latent.noise == pytest.approx(1.0, rel=0.2)
+    d = predictive(x)
+    assert np.sqrt(np.square(d.mean - 10 - 5 * function).mean()) < 0.6
+
+
+def test_joint_has_the_marginals_and_members_mix_to_them():
+    x, y = rows(60)
+    new = rows(6, seed=1)[0]
+    predictive = GaussianProcess().fit(x, y)
+    marginal, joint = predictive(new), predictive.joint(new)
+    assert isinstance(marginal, dist.Normal) and marginal.batch_shape == (6,)
+    assert isinstance(joint, dist.MultivariateNormal) and joint.event_shape == (6,)
+    np.testing.assert_allclose(joint.mean, marginal.mean, atol=1e-5)
+    np.testing.assert_allclose(joint.variance, marginal.variance, rtol=1e-4)
+    members, weights = predictive.members(new)
+    assert members.batch_shape == (7, 6)
+    np.testing.assert_allclose(weights @ members.mean, marginal.mean, atol=1e-10)
+    variance = weights @ (members.variance + members.mean**2) - marginal.mean**2
+    np.testing.assert_allclose(variance, marginal.variance, rtol=1e-6)
+
+
+def test_a_weight_of_two_is_a_repeated_row_and_zero_is_none():
+    x, y = rows(40)
+    weights = np.ones(40)
+    weights[:10], weights[10:15] = 2, 0
+    repeated = np.concatenate([np.arange(10), np.arange(10), np.arange(15, 40)])
+    new = rows(6, seed=1)[0]
+    # The table standardizes by the rows it sees, so that it gets the same rows.
+    target = np.concatenate([np.arange(10), np.arange(10), np.arange(15, 40)])
+    ones = exact_posterior(PARAMETERS, GROUPS, x[repeated], y[repeated], np.ones(45))
+    kept = weights > 0
+    weighted = exact_posterior(PARAMETERS, GROUPS, x[kept], y[kept], weights[kept])
+    np.testing.assert_allclose(weighted.moments(new, x[kept]), ones.moments(new, x[repeated]), atol=1e-8)
+    values = [
+        log_evidence(PARAMETERS, GROUPS, x[target], y[target], np.ones(45))[0],
+        log_evidence(PARAMETERS, GROUPS, x[kept], y[kept], weights[kept])[0],
+    ]
+    assert values[0] == pytest.approx(values[1], abs=1e-8)
+    doubled = GaussianProcess().fit(np.concatenate([x, x]), np.concatenate([y, y]))
+    heavy = GaussianProcess().fit(x, y, weights=np.full(40, 2.0))
+    np.testing.assert_allclose(heavy(new).mean, doubled(new).mean, atol=0.02)
+    assert heavy.log_evidence == pytest.approx(doubled.log_evidence, abs=0.05)
+
+
+def test_not_worse_than_scikit_learn_on_diabetes():
+    from sklearn.datasets import load_diabetes
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    X, y = load_diabetes(return_X_y=True)
+    rest, test = np.arange(442) % 2 == 0, np.arange(442) % 2 == 1
+    ours = GaussianProcess().fit(X[rest], y[rest])(X[test])
+    center, scale = X[rest].mean(0), X[rest].std(0)
+    kernel = ConstantKernel() * Matern(np.full(10, 3.0), nu=2.5) + WhiteKernel()
+    with warnings.catch_warnings(), one_thread():
+        warnings.simplefilter("ignore")
+        theirs = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+        theirs.fit((X[rest] - center) / scale, y[rest])
+        mean, deviation = theirs.predict((X[test] - center) / scale, return_std=True)
+    score = norm.logpdf(y[test], ours.loc, ours.scale).mean()
+    assert score > norm.logpdf(y[test], mean, deviation).mean() - 0.02
+
+
+def test_calls_on_jax_arrays_are_traceable_and_differentiable():
+    x, y = rows(60)
+    predictive = GaussianProcess().fit(x, y)
+    new = jnp.asarray(x[:5], jnp.float32)
+    traced = jax.jit(lambda a: (predictive(a).loc, predictive(a).scale))(new)
+    host = predictive(np.asarray(new))
+    np.testing.assert_allclose(traced[0], host.loc, atol=1e-3)
+    np.testing.assert_allclose(traced[1], host.scale, rtol=1e-3)
+    gradient = jax.grad(lambda a: predictive(a).log_prob(jnp.zeros(5)).sum())(new)
+    assert np.isfinite(gradient).all() and (gradient != 0).any()
+    step = 1e-3 * jnp.eye(3)[0]
+    slope = jax.grad(lambda a: predictive(a).loc.sum())(new)[:, 0]
+    up, down = predictive(np.asarray(new + step)).loc, predictive(np.asarray(new - step)).loc
+    np.testing.assert_allclose(slope, (up - down) / 2e-3, atol=2e-2)
+    assert jnp.isfinite(predictive.joint(new).log_prob(jnp.zeros(5)))
+    assert predictive.members(new)[0].batch_shape == (7, 5)
+
+
+def test_categories_share_a_length_scale():
+    generator = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "number": generator.normal(size=120),
+            "missing": np.where(generator.random(120) < 0.2, np.nan, generator.normal(size=120)),
+            "kind": generator.choice(["a", "b", "c"], 120),
+            "two": generator.choice(["x", "y"], 120),
+            "when": pd.date_range("2020-01-01", periods=120, freq="13h"),
+        }
+    )
+    table = Table.from_data(frame)
+    groups = input_groups(table)
+    assert len(groups) == table.dense(frame).shape[1]
+    assert groups.tolist() == [0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 8]
+    y = frame["kind"].map({"a": 0.0, "b": 3.0, "c": -2.0}) + frame["number"] + 0.1 * generator.normal(size=120)
+    predictive = GaussianProcess().fit(frame, y)
+    assert np.abs(predictive(frame).mean - y).mean() < 0.2
+    unseen = frame.assign(kind="new", number=np.nan)
+    assert np.isfinite(predictive(unseen).scale).all()
+    assert predictive(unseen).scale.mean() > 2 * predictive(frame).scale.mean()
+
+
+@pytest.mark.parametrize(
+    "x, y",
+    [
+        (np.arange(5.0)[:, None], np.arange(5.0) ** 2),
+        (np.array([[1.0]]), np.array([2.0])),
+        (np.array([[1.0], [1.0], [2.0]]), np.array([2.0, 3.0, 5.0])),
+        (np.zeros((10, 2)), np.arange(10.0)),  # nothing but constant columns
+        (np.arange(10.0)[:, None], np.full(10, 3.0)),  # a constant target
+        (np.repeat(np.arange(4.0), 20)[:, None], np.tile(np.arange(4.0), 20)),
+        (np.arange(30.0)[:, None], np.arange(30.0) * 2),  # no noise at all
+        (np.arange(30.0)[:, None] * 1e8, np.r_[np.arange(29.0), 1e9]),  # an outlier
+        (np.random.default_rng(0).normal(size=(100, 200)), np.random.default_rng(1).normal(size=100)),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_odd_tables(x, y):
+    predictive = GaussianProcess().fit(x, y)
+    d = predictive(np.concatenate([x, 100 * x + 7]))
+    assert np.isfinite(d.loc).all() and np.isfinite(d.scale).all() and (np.asarray(d.scale) > 0).all()
+    assert np.isfinite(predictive.log_evidence)
+    assert np.isfinite(np.asarray(predictive.joint(x).scale_tril)).all()
+    groups = input_groups(predictive.table)
+    inputs = predictive.table.dense(x).astype(float)
+    latent = fit_sparse(groups, inputs, y - y.mean(), np.ones(len(y)), 4)[1]
+    assert np.isfinite(latent.root).all()
+
+
+def test_many_rows_are_predicted_in_chunks(monkeypatch):
+    from bayeslens.learners import gaussian_process as module
+
+    x, y = rows(40)
+    predictive = GaussianProcess().fit(x, y)
+    whole = predictive(x).loc
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    np.testing.assert_allclose(predictive(x).loc, whole, atol=1e-10)
+    assert predictive(x[:0]).loc.shape == (0,)
+
+
+def test_bad_input_is_refused():
+    x, y = rows(10)
+    with pytest.raises(InputError, match="weights"):
+        GaussianProcess().fit(x, y, weights=np.ones(3))
+    with pytest.raises(InputError, match="not numeric"):
+        GaussianProcess().fit(x, ["a", "b"] * 5)
+    with pytest.raises(InputError, match="not finite"):
+        cholesky(np.full((2, 2), np.nan))
+    means, _, bounds = hyperprior(3)
+    assert ((bounds[:, 0] < means) & (means < bounds[:, 1])).all()
