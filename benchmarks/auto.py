@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 import warnings
 from pathlib import Path
@@ -85,37 +86,50 @@ def quantile_boosting(train, y, test, seed):
     return np.stack([np.interp(LEVELS, levels, row) for row in ordered])
 
 
-class ForestQuantile:
-    """A quantile of a random forest's leaves, in the form that MAPIE takes as an already fitted model."""
+class Forest:
+    """A random forest whose leaves give conditional quantiles (Meinshausen 2006)."""
 
-    def __init__(self, forest, leaves, y, q):
-        self.forest, self.leaves, self.y, self.q, self.fitted_ = forest, leaves, y, q, True
+    def __init__(self, x, y, seed):
+        from sklearn.ensemble import RandomForestRegressor
+
+        self.forest = RandomForestRegressor(200, min_samples_leaf=5, random_state=seed).fit(x, y)
+        self.leaves, self.order, self.known = self.forest.apply(x), np.argsort(y), {}
+        self.y = y[self.order]
+
+    def masses(self, x):
+        """Cumulative leaf weights of each row over the sorted training targets, kept for the next level."""
+        key = x.tobytes()
+        if key not in self.known:
+            found, weights = self.forest.apply(x), np.zeros((len(x), len(self.y)))
+            for tree in range(found.shape[1]):
+                same = found[:, tree][:, None] == self.leaves[:, tree]
+                weights += same / np.maximum(same.sum(1, keepdims=True), 1)
+            self.known[key] = np.cumsum(weights[:, self.order], 1) / weights.sum(1, keepdims=True)
+        return self.known[key]
+
+
+class ForestQuantile:
+    """One quantile of a forest, in the form that MAPIE takes as an already fitted model."""
+
+    def __init__(self, forest, q):
+        self.forest, self.q, self.fitted_ = forest, q, True
 
     def fit(self, X, y):
         return self
 
     def predict(self, X):
-        found = self.forest.apply(X)
-        weights = np.zeros((len(X), len(self.y)))
-        for tree in range(found.shape[1]):
-            same = found[:, tree][:, None] == self.leaves[:, tree]
-            weights += same / np.maximum(same.sum(1, keepdims=True), 1)
-        order = np.argsort(self.y)
-        mass = np.cumsum(weights[:, order], 1) / weights.sum(1, keepdims=True)
-        return self.y[order][np.argmax(mass >= self.q - 1e-12, axis=1)]
+        return self.forest.y[np.argmax(self.forest.masses(X) >= self.q - 1e-12, axis=1)]
 
 
 def conformal_forest(train, y, test, seed):
     from mapie.regression import ConformalizedQuantileRegressor
-    from sklearn.ensemble import RandomForestRegressor
     from sklearn.model_selection import train_test_split
 
     fit_x, cal_x, fit_y, cal_y = train_test_split(train, y, test_size=0.3, random_state=seed)
-    forest = RandomForestRegressor(200, min_samples_leaf=5, random_state=seed).fit(fit_x, fit_y)
-    leaves = forest.apply(fit_x)
+    forest = Forest(fit_x, fit_y, seed)
     result = np.empty((len(test), len(LEVELS)))
     for i, q in enumerate(LEVELS[:50]):
-        parts = [ForestQuantile(forest, leaves, fit_y, level) for level in (q, 1 - q, 0.5)]
+        parts = [ForestQuantile(forest, level) for level in (q, 1 - q, 0.5)]
         if q == 0.5:
             result[:, i] = parts[2].predict(test)
             continue
@@ -255,6 +269,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run kept")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.disable(logging.INFO)
     progress_file = RESULTS / "auto_by_table.json"
     kept = json.loads(progress_file.read_text()) if progress_file.exists() and not arguments.fresh else {}
     for repeat in range(arguments.repeats):

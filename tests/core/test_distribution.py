@@ -88,7 +88,8 @@ CASES = {
             WEIGHTS,
             [
                 dist.MixtureSameFamily(
-                    dist.CategoricalProbs(WEIGHTS), dist.StudentT(9.0, LOC[:, None] + np.array([0.0, 2.0]), SCALE[:, None])
+                    dist.CategoricalProbs(WEIGHTS),
+                    dist.StudentT(9.0, LOC[:, None] + np.array([0.0, 2.0]), SCALE[:, None]),
                 ),
                 dist.LogNormal(LOC / 20, 0.5),
             ],
@@ -103,7 +104,10 @@ CASES = {
     ),
     "QuantileDistribution": Case(QuantileDistribution(LEVELS, VALUES), None, VALUES, 2e-2),
     "Recalibrated": Case(
-        Recalibrated(dist.Normal(LOC, SCALE), KNOTS, BENT), None, st.norm(LOC[:, None], SCALE[:, None]).ppf(KNOTS[1:-1]), 2e-2
+        Recalibrated(dist.Normal(LOC, SCALE), KNOTS, BENT),
+        None,
+        st.norm(LOC[:, None], SCALE[:, None]).ppf(KNOTS[1:-1]),
+        2e-2,
     ),
 }  # fmt: skip
 # Closed forms that NumPyro lacks and SciPy has are what these are tested against; the rest is quadrature.
@@ -111,8 +115,19 @@ INTERIOR = np.array([0.001, 0.01, 0.25, 0.55, 0.85, 0.99, 0.999])
 DRAWS = 2000
 
 
+# Programs that take seconds to compile: incomplete gamma and beta functions, and nested mixtures.
+HEAVY = {"Gamma", "InverseGamma", "Beta", "NegativeBinomial2", "GammaPoisson", "Weibull", "Mixture of mixtures"}
+HEAVY |= {"Mixture of counts", "Dequantized mixture"}
+COMPILED = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in CASES]
+
+
 @pytest.fixture(params=CASES, scope="module")
 def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(params=COMPILED, scope="module")
+def compiled_case(request):
     return CASES[request.param]
 
 
@@ -218,9 +233,9 @@ def test_moments_are_integrals(case):
         np.testing.assert_allclose(variance[row], second, rtol=3e-3 + case.moments_rtol * 2)
 
 
-def test_host_and_traced_agree(case):
+def test_host_and_traced_agree(compiled_case):
     """The same numbers from NumPy in float64 and from JAX under jit in float32, the distribution being an argument."""
-    d = case.distribution
+    case, d = compiled_case, compiled_case.distribution
     y = core_quantile.quantile(d, INTERIOR)
 
     log_prob, cdf, got, _ = traced(case)
@@ -233,8 +248,9 @@ def test_host_and_traced_agree(case):
     np.testing.assert_allclose(got / spread, y / spread, atol=2e-3 if not d.is_discrete else 0.2)
 
 
-def test_draws_follow_cdf(case):
+def test_draws_follow_cdf(compiled_case):
     """Kolmogorov-Smirnov of 2,000 draws per row with a fixed key; false alarm rate 1e-4 per row, 1% in all."""
+    case = compiled_case
     draws = np.asarray(traced(case)[3], np.float64)
     assert draws.shape == (DRAWS, 3)
     for row in range(3):
@@ -251,8 +267,9 @@ def test_draws_follow_cdf(case):
         assert st.kstwo.sf(statistic, DRAWS) > 1e-4
 
 
-def test_gradients_are_finite(case):
+def test_gradients_are_finite(compiled_case):
     """Of log density and cdf, in the value and in every parameter."""
+    case = compiled_case
     parts = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), take_apart(case.distribution))
     y = jnp.asarray(core_quantile.quantile(case.distribution, [1e-3, 0.4, 0.999]).T, jnp.float32)
     # JAX has no derivative of the incomplete beta function in its parameters, and that of the gamma's is slow.

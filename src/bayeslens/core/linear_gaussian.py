@@ -115,25 +115,31 @@ def factor_of(covariance: Float[ArrayLike, "n n"]) -> Float[Array, "n n"]:
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise InputError(f"a covariance of shape {covariance.shape} is not a square matrix")
     _check_finite(covariance, "covariance")
-    size, constant = covariance.shape[0], jax.lax.stop_gradient(covariance)
+    factor, asymmetry, lowest = _factor(covariance)
+    if not isinstance(lowest, jax.core.Tracer):
+        allowed = 320 * max(covariance.shape[0], 1) * np.finfo(covariance.dtype).eps
+        if asymmetry > allowed or lowest < -allowed:
+            raise InputError(
+                f"the covariance is not symmetric positive semidefinite: asymmetry {asymmetry:.3g}, lowest "
+                f"eigenvalue {lowest:.3g} in units of the standard deviations"
+            )
+    return factor
+
+
+@jax.jit
+def _factor(covariance: Array) -> tuple[Array, Array, Array]:
+    """The factor, the asymmetry and the lowest eigenvalue, both in units of the standard deviations."""
+    size = covariance.shape[0]
     tolerance = 32 * max(size, 1) * jnp.finfo(covariance.dtype).eps
-    variance = jnp.abs(jnp.diag(constant))
+    variance = jax.lax.stop_gradient(jnp.diag(covariance))
     unit = jnp.sqrt(jnp.where(variance > 0, variance, 1))
     scaled = covariance / unit[:, None] / unit
     values, basis = jnp.linalg.eigh(jax.lax.stop_gradient(scaled))
-    if not isinstance(scaled, jax.core.Tracer):
-        gap = np.abs(np.asarray(scaled - scaled.T)).max(initial=0.0)
-        lowest = np.asarray(values).min(initial=0.0)
-        if gap > 10 * tolerance or lowest < -10 * tolerance or (np.diag(covariance) < 0).any():
-            raise InputError(
-                f"the covariance is not symmetric positive semidefinite (asymmetry {gap:.3g}, lowest eigenvalue "
-                f"{lowest:.3g} in units of the standard deviations)"
-            )
     kept = (values > tolerance).astype(covariance.dtype)
-    basis = basis * kept
+    basis = basis * kept  # a constant, as in `regress`
     inner = basis.T @ scaled @ basis
     root = jnp.linalg.cholesky((inner + inner.T) / 2 + jnp.diag(1 - kept))
-    return unit[:, None] * (basis @ root)
+    return unit[:, None] * (basis @ root), jnp.abs(scaled - scaled.T).max(initial=0), values.min(initial=0)
 
 
 class LinearGaussianKernel(eqx.Module):

@@ -25,7 +25,6 @@ from bayeslens.core.container import PLAIN_KINDS, open_container, read_array, un
 from bayeslens.core.errors import InputError
 
 _MODULE = re.compile(r"bayeslens(\.[a-z][a-z0-9_]*)*")
-PLAIN_KINDS = "biufcSUMm"  # what a .npy file holds without pickle and without names of fields
 _REGISTERED: dict[str, Any] = {}  # classes and functions from outside this package, by name
 _NAMES: dict[Any, str] = {}
 
@@ -74,11 +73,7 @@ def save(noun: Any, path: str | os.PathLike) -> None:
     {'mu': array([0., 1., 2.])}
     """
     arrays: dict[str, np.ndarray] = {}
-    try:
-        root = _encode(noun, (), arrays)
-    except RecursionError:
-        said = f"a {type(noun).__name__} that contains itself, or is nested too deeply, cannot be saved"
-        raise InputError(said) from None
+    root = _tree(noun, arrays, strict=True)
     write_container(path, {"root": root}, arrays)
 
 
@@ -110,7 +105,7 @@ def show(noun: Any) -> str:
         InputError: the file cannot be read; see `load`.
     """
     if not isinstance(noun, str | os.PathLike):
-        return "\n".join(_describe(_encode(noun, (), {}, strict=False)))
+        return "\n".join(_describe(_tree(noun, {}, strict=False)))
     with open_container(noun) as (manifest, archive):
         lines = understood(noun, lambda: _describe(manifest["root"]))
         size, count = sum(i.file_size for i in archive.infolist()), len(archive.infolist()) - 1
@@ -119,7 +114,15 @@ def show(noun: Any) -> str:
     return "\n".join(lines)
 
 
-def _encode(noun: Any, path: tuple[str, ...], arrays: dict[str, np.ndarray], strict: bool = True) -> Any:
+def _tree(noun: Any, arrays: dict[str, np.ndarray], *, strict: bool) -> Any:
+    try:
+        return _encode(noun, (), arrays, strict)
+    except RecursionError:
+        said = f"a {type(noun).__name__} that contains itself, or is nested too deeply, cannot be saved"
+        raise InputError(said) from None
+
+
+def _encode(noun: Any, path: tuple[str, ...], arrays: dict[str, np.ndarray], strict: bool) -> Any:
     """The noun as JSON; its arrays are added to `arrays` by attribute path."""
 
     def inner(value: Any, name: Any) -> Any:
@@ -165,14 +168,15 @@ def _name(cls: type) -> str:
 
 def _encode_array(noun: Any, path: tuple, arrays: dict, strict: bool, kind: str) -> dict:
     array = np.asarray(noun)
-    plain = array.dtype.kind in PLAIN_KINDS and array.dtype.itemsize > 0
-    # bfloat16 and its kin are unknown to .npy files: their bits are stored, their type is named.
-    if not plain and _extended_dtype(array.dtype.name) != array.dtype and strict:
+    extended = _extended_dtype(array.dtype.name) is not None
+    plain = array.dtype.kind in PLAIN_KINDS and array.dtype.itemsize > 0 and not extended
+    if not plain and not extended and strict:
         raise InputError(f"{_where(path)} is an array of type {array.dtype}, which cannot be saved: use plain numbers")
     name = stem = re.sub(r"[^A-Za-z0-9_.-]", "_", ".".join(path) or "array")[:200]
     while name in arrays:
         name = f"{stem}~{len(arrays)}"
-    arrays[name] = array if plain or not strict else array.view(f"u{array.dtype.itemsize}")
+    # bfloat16 and its kin are unknown to .npy files: their bits are stored, their type is named.
+    arrays[name] = array.view(f"u{array.dtype.itemsize}") if extended else array
     dtype = array.dtype.str if plain else array.dtype.name
     return {"is": kind, "name": name, "dtype": dtype, "shape": list(array.shape)}
 
@@ -244,9 +248,12 @@ def _encode_object(noun: Any, path: tuple, arrays: dict, strict: bool, inner: Ca
         raise InputError(f"a {kind.__name__} cannot be saved: {reason}")
     name = _NAMES.get(kind) or _constructor(kind)
     if isinstance(noun, Distribution):
-        if not strict and type(noun).__name__ not in FAMILIES:
+        try:
+            return {"is": "distribution", "parts": inner(take_apart(noun), "parts")}
+        except InputError:
+            if strict:
+                raise
             return {"is": "unknown", "type": kind.__name__}
-        return {"is": "distribution", "parts": inner(take_apart(noun), "parts")}
     if name is None:
         return _encode_numbers(noun, inner) if isinstance(noun, eqx.Module) else None
     caller = getattr(kind, "from_caller", ())

@@ -49,7 +49,7 @@ def candidates(target: Target, rows: int) -> list[tuple[str, Learner]]:
     found = [("linear", make("linear", "regression")), ("ngboost", make("ngboost", "regression"))]
     counts = target.step == 1.0 and y.min() >= 0 and (y.max() <= 300 or (y == 0).mean() > 0.02)
     if counts:
-        found.append(("ngboost_negative_binomial", NGBoost(distribution="poisson")))
+        found.append(("ngboost_negative_binomial", NGBoost(distribution="negative_binomial")))
     if y.min() > 0 and np.log(y).std() > 0.1 and _skewness(y) > 0.5:
         found.append(("ngboost_lognormal", NGBoost(distribution="lognormal")))
     found.append(("gaussian_process", make("gaussian_process", "regression")))

@@ -17,6 +17,7 @@ from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
 from bayeslens.core.table import Table, Target
 from bayeslens.learners.linear import check_weights
+from bayeslens.learners.stacking import take
 
 _HELD_OUT_SHARE = 0.2
 _MAX_HELD_OUT = 2048  # rows: a held-out log score is then known to about 0.02
@@ -66,19 +67,21 @@ class DeepEnsemble(Learner):
             InputError: fewer than 4 rows, a target that cannot be used, or weights that do not fit.
         """
         target = Target.from_values(y)
-        table = Table.from_data(X)
         weights = check_weights(weights, len(target.values))
         used = np.flatnonzero(weights > 0)
         if len(used) < 4:
             raise InputError(f"a deep ensemble needs at least 4 rows with positive weight, got {len(used)}")
+        if len(used) < len(weights):
+            X, target, weights = take(X, used), target.rows(used), weights[used]
+        table, size = Table.from_data(X), bucket(len(used))
+        features = table.dense(X)
         num_classes = None if target.classes is None else len(target.classes)
-        values, location, scale, head = _standardize(target.values[used], weights[used], num_classes)
-        features, size = table.dense(X)[used], bucket(len(used))
+        values, location, scale, head = _standardize(target.values, weights, num_classes)
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         rows = _Rows(
             x=pad_rows(_pad_columns(features), size),
             y=pad_rows(values, size),
-            weight=pad_rows((weights[used] / weights[used].mean()).astype(np.float32), size),
+            weight=pad_rows((weights / weights.mean()).astype(np.float32), size),
         )
         units = (rows.x.shape[1], *[self.width] * self.depth, len(head))
         start = _start(rng, units, self.num_members, features.shape[1], head)

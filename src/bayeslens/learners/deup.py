@@ -16,7 +16,7 @@ from bayeslens.core.table import Table, Target
 from bayeslens.evaluation.familiarity import Familiarity
 from bayeslens.evaluation.scores import log_score
 from bayeslens.evaluation.uncertainty import entropy_split, variance_split
-from bayeslens.learners.gaussian_process import GaussianProcess
+from bayeslens.learners.ngboost import NGBoost
 from bayeslens.learners.splits import folds
 from bayeslens.learners.stacking import fit_rows, take
 
@@ -35,7 +35,8 @@ class DEUP(Learner):
 
     Args:
         base: the learner whose predictions are kept and whose errors are learned.
-        error: a regression learner for the logarithm of the loss; a Gaussian process by default, as in the paper.
+        error: a regression learner for the logarithm of the loss; NGBoost by default. With under about 50 rows a Gaussian
+            process, as in the paper, follows the loss more smoothly.
         noise: loss of the best possible prediction: the noise variance (the entropy of the classes), or a regression
             predictive whose mean it is. None (default) takes nothing away, which gives an upper bound.
         num_folds: of each round of cross-validation; (2, 5) shows the error learner every row at two distances.
@@ -48,7 +49,7 @@ class DEUP(Learner):
     """
 
     base: Learner
-    error: Learner = GaussianProcess()
+    error: Learner = NGBoost()
     noise: float | Predictive | None = None
     num_folds: tuple[int, ...] = (2, 5)
 

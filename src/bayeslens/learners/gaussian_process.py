@@ -19,12 +19,14 @@ from numpyro.distributions import Distribution
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
+from bayeslens.core.mixture import mix_members
 from bayeslens.core.table import MAX_INDICATORS, Table, Target
 from bayeslens.learners.linear import check_weights
 
 _CHUNK = 4096  # rows predicted at once
 _STARTING_ROWS = 400  # restarts run on at most this many rows
-_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
+_DRAW_ROWS = 500  # more rows leave little doubt about hyperparameters, and every draw keeps a matrix of rows x rows
+_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
 _CONSTANT = 1.0  # prior variance of the constant, in units of the target's variance
 # Log standard deviations of smooth part, linear part and noise: prior means and standard deviations, and bounds.
 _SCALE_MEANS, _SCALE_DEVIATIONS = np.log([0.8, 0.3, 0.4]), np.array([1.0, 1.5, 1.2])
@@ -296,6 +298,29 @@ def optimize_hyperparameters(
     return maximize(lambda p: log_evidence(p, groups, x, y, weights), best, num_lengths, iterations)[0]
 
 
+def draw_hyperparameters(
+    best: Float[np.ndarray, " parameters"], objective: Callable, num_draws: int
+) -> Float[np.ndarray, "draws parameters"]:
+    """Draws from the Normal approximation of the posterior of log hyperparameters at its mode (Laplace).
+
+    The Hessian is by differences of the gradient of objective(parameters) -> (value, gradient). Draws come in
+    antithetic pairs, from the same random numbers every time, so that folds differ by their data only.
+
+    >>> means, deviations, _ = hyperprior(1)
+    >>> draw_hyperparameters(means, lambda p: (0.0, 0.0 * p), 4).shape  # no data: the prior
+    (4, 4)
+    """
+    means, deviations, bounds = hyperprior(len(best) - 3)
+    step = 0.01
+    columns = [objective(best + step * e)[1] - objective(best - step * e)[1] for e in np.eye(len(best))]
+    precision = np.diag(1 / deviations**2) - np.stack(columns) / (2 * step)
+    values, vectors = np.linalg.eigh((precision + precision.T) / 2)
+    values = np.maximum(values, 1 / deviations.max() ** 2)  # the data never say less than the prior
+    noise = np.random.default_rng(0).normal(size=((num_draws + 1) // 2, len(best)))
+    noise = np.concatenate([noise, -noise])[:num_draws]
+    return np.clip(best + (noise / np.sqrt(values)) @ vectors.T, *bounds.T)
+
+
 class LatentFunction(eqx.Module):
     """The posterior of a regression function, in standardized units, given hyperparameters.
 
@@ -346,12 +371,16 @@ def exact_posterior(
 class GaussianProcess(Learner):
     """Gaussian process regression: a smooth function with a length scale per feature, a linear part, Gaussian noise.
 
-    Hyperparameters are the most probable ones under log-normal priors. Up to `max_exact_rows` rows the posterior is
-    exact; beyond, it is Titsias's variational posterior with `num_inducing` inducing points.
+    Up to 500 rows, predictions are averaged over draws from the posterior of the hyperparameters, which on tables of
+    30 to 300 rows is worth up to 0.5 nats a row; beyond, hyperparameters are the most probable ones under log-normal
+    priors. Up to `max_exact_rows` rows the posterior of the function is exact; beyond, it is Titsias's variational
+    posterior.
 
     Args:
         max_exact_rows: 2000 rows take about ten seconds on two cores; the time grows with the third power.
         num_inducing: inducing points, used above `max_exact_rows`; 256 follow most functions of ten features.
+        num_draws: draws of the hyperparameters; 8 are within 0.05 nats of 16. With 1, the most probable ones are used
+            and marginals are Normal.
 
     Source: Rasmussen and Williams 2006, Gaussian Processes for Machine Learning; Titsias 2009, Variational Learning
     of Inducing Variables in Sparse Gaussian Processes.
@@ -364,6 +393,7 @@ class GaussianProcess(Learner):
 
     max_exact_rows: int = 2000
     num_inducing: int = 256
+    num_draws: int = 8
 
     takes: ClassVar[frozenset[str]] = frozenset({"weights"})
 
@@ -384,17 +414,22 @@ class GaussianProcess(Learner):
         data = (input_groups(table), x, y, weights)
         with one_thread():
             if len(y) <= self.max_exact_rows:
-                parameters = optimize_hyperparameters(*data)
-                evidence, points = log_evidence(parameters, *data)[0], x
-                latent = exact_posterior(parameters, *data)
+                best, points = optimize_hyperparameters(*data), x
+                evidence = log_evidence(best, *data)[0]
+                draws = best[None]
+                if self.num_draws > 1 and len(y) <= _DRAW_ROWS:
+                    draws = draw_hyperparameters(best, lambda p: log_evidence(p, *data), self.num_draws)
+                latents = tuple(exact_posterior(parameters, *data) for parameters in draws)
             else:
                 from bayeslens.learners.sparse_gaussian_process import fit_sparse
 
                 points, latent, evidence = fit_sparse(*data, self.num_inducing)
+                latents = (latent,)
         return GaussianProcessPredictive(
             table=table,
             points=points,
-            latent=latent,
+            latents=latents,
+            num_components=max(self.num_draws, 1),
             center=float(center),
             scale=float(scale),
             log_evidence=float(evidence - weights.sum() * np.log(scale)),
@@ -404,59 +439,71 @@ class GaussianProcess(Learner):
 class GaussianProcessPredictive(Predictive):
     """Predictions of Gaussian process regression.
 
-    `log_evidence` is the log marginal likelihood at the chosen hyperparameters (a lower bound of it with inducing
-    points); it does not charge for having chosen them.
+    `latents` are the posteriors of the function under each draw of the hyperparameters, or under the most probable
+    ones alone. Marginals are mixtures of `num_components` Normals, also when these are equal: one family, whatever the
+    number of rows, so that predictions of several folds can be joined. `log_evidence` is the log marginal likelihood
+    at the most probable hyperparameters (with inducing points a lower bound of it); it does not charge for having
+    chosen them.
     """
 
     table: Table
     points: Float[np.ndarray, "points inputs"]
-    latent: LatentFunction
+    latents: tuple[LatentFunction, ...]
     center: float
     scale: float
     log_evidence: float
+    num_components: int = eqx.field(static=True, default=1)
     classes: tuple | None = None
 
     traceable: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
-    def _inputs(self, x: Any) -> Any:
+    def _inputs(self, x: Any) -> tuple[Any, Any, Any]:
+        """Features, the posterior's points, and the library they belong to."""
         inputs = self.table.dense(x)
-        return inputs if isinstance(inputs, jax.Array) else inputs.astype(np.float64)
-
-    def _moments(self, x: Any) -> tuple[Any, Any]:
-        """Mean and standard deviation of the function, in the target's units."""
-        inputs = self._inputs(x)
         if isinstance(inputs, jax.Array):
-            mean, deviation = self.latent.moments(inputs, jnp.asarray(self.points))
-        else:
-            parts = [inputs[i : i + _CHUNK] for i in range(0, max(len(inputs), 1), _CHUNK)]
-            mean, deviation = map(
-                np.concatenate, zip(*[self.latent.moments(p, self.points) for p in parts], strict=True)
-            )
-        return self.center + self.scale * mean, self.scale * deviation
+            return inputs, jnp.asarray(self.points), jnp
+        return inputs.astype(np.float64), self.points, np
+
+    def _moments(self, x: Any) -> tuple[Any, Any, Any]:
+        """Means and standard deviations of the function, shape (draws, rows), and of the noise, shape (draws, 1)."""
+        inputs, points, xp = self._inputs(x)
+        chunk = max(len(inputs), 1) if xp is jnp else _CHUNK
+        with one_thread():
+            parts = [
+                [latent.moments(inputs[i : i + chunk], points) for i in range(0, max(len(inputs), 1), chunk)]
+                for latent in self.latents
+            ]
+        mean, deviation = (xp.stack([xp.concatenate([p[i] for p in part]) for part in parts]) for i in (0, 1))
+        noise = xp.asarray([[latent.noise] for latent in self.latents], mean.dtype)
+        return self.center + self.scale * mean, self.scale * deviation, self.scale * noise
 
     def __call__(self, x: Any) -> Distribution:
-        """The exact Normal marginals."""
-        mean, deviation = self._moments(x)
+        """The marginals: exact Normals under each draw of the hyperparameters, mixed."""
+        mean, deviation, noise = self._moments(x)
         xp = jnp if isinstance(mean, jax.Array) else np
-        return dist.Normal(mean, xp.hypot(deviation, self.scale * self.latent.noise))
+        shape = (self.num_components, mean.shape[1])
+        spread = xp.broadcast_to(xp.hypot(deviation, noise), shape)
+        weights = np.full(self.num_components, 1 / self.num_components)
+        return mix_members(dist.Normal(xp.broadcast_to(mean, shape), spread), weights)
 
     def members(self, x: Any) -> tuple[Distribution, np.ndarray]:
-        """Gauss-Hermite nodes of the function's posterior, each with Normal noise."""
-        mean, deviation = self._moments(x)
+        """Gauss-Hermite nodes of the function's posterior under each draw, each with Normal noise."""
+        mean, deviation, noise = self._moments(x)
         xp = jnp if isinstance(mean, jax.Array) else np
-        locations = mean + _NODES[:, None] * deviation
-        noise = xp.full_like(locations, self.scale * self.latent.noise)
-        return dist.Normal(locations, noise), _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
+        locations = (mean + _NODES[:, None, None] * deviation).reshape(-1, mean.shape[1])
+        spread = xp.broadcast_to(noise, (len(_NODES), *mean.shape)).reshape(locations.shape)
+        return dist.Normal(locations, spread), np.repeat(_NODE_WEIGHTS, len(mean)) / _NODE_WEIGHTS.sum() / len(mean)
 
     def joint(self, x: Any) -> Distribution:
-        """The exact multivariate Normal over all rows, noise included."""
-        inputs = self._inputs(x)
-        traced = isinstance(inputs, jax.Array)
-        mean, covariance = self.latent.joint(inputs, jnp.asarray(self.points) if traced else self.points)
-        if traced:
-            covariance = covariance + self.latent.noise**2 * jnp.eye(len(mean))
-            factor = jnp.linalg.cholesky(covariance)
-        else:
-            factor = cholesky(covariance + self.latent.noise**2 * np.eye(len(mean)))
-        return dist.MultivariateNormal(self.center + self.scale * mean, scale_tril=self.scale * factor)
+        """The exact multivariate Normal over all rows, noise included: one per draw of the hyperparameters, mixed."""
+        inputs, points, xp = self._inputs(x)
+        means, factors = [], []
+        with one_thread():
+            for latent in self.latents:
+                mean, covariance = latent.joint(inputs, points)
+                covariance = covariance + latent.noise**2 * xp.eye(len(mean))
+                factors.append(jnp.linalg.cholesky(covariance) if xp is jnp else cholesky(covariance))
+                means.append(mean)
+        loc, scale_tril = self.center + self.scale * xp.stack(means), self.scale * xp.stack(factors)
+        return mix_members(dist.MultivariateNormal(loc, scale_tril=scale_tril), np.full(len(means), 1 / len(means)))

@@ -156,12 +156,14 @@ def _documentation(learner_class: type, task: str) -> str:
 def _check_rows(estimator: Any, X: Any, *, reset: bool) -> Any:
     """`X` as float64, or as the DataFrame that it is: `Table` reads its columns."""
     if isinstance(X, pd.DataFrame):
-        if reset and 0 in X.shape:
-            missing = "sample" if X.shape[0] == 0 else "feature"
-            raise InputError(f"Found array with 0 {missing}(s) (shape={X.shape}) while a minimum of 1 is required.")
+        for kind, count, least in (("sample", len(X), 1 + reset), ("feature", X.shape[1], 1)):
+            if count < least:
+                raise InputError(f"Found a table with {count} {kind}(s) while a minimum of {least} is required.")
         validate_data(estimator, X, reset=reset, skip_check_array=True)
         return X
-    return validate_data(estimator, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan")
+    # Nothing can be learned from one row.
+    settings = {"dtype": np.float64, "ensure_all_finite": "allow-nan", "ensure_min_samples": 1 + reset}
+    return validate_data(estimator, X, reset=reset, **settings)
 
 
 def _check_target(estimator: Any, y: Any) -> np.ndarray:
