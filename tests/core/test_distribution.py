@@ -113,11 +113,12 @@ CASES = {
 # Closed forms that NumPyro lacks and SciPy has are what these are tested against; the rest is quadrature.
 INTERIOR = np.array([0.001, 0.01, 0.25, 0.55, 0.85, 0.99, 0.999])
 DRAWS = 2000
+QUICKLY = {"xla_backend_optimization_level": 0}  # compile in half the time: each program runs once
 
 
 # Programs that take seconds to compile: incomplete gamma and beta functions, and nested mixtures.
 HEAVY = {"Gamma", "InverseGamma", "Beta", "NegativeBinomial2", "GammaPoisson", "Weibull", "Mixture of mixtures"}
-HEAVY |= {"Mixture of counts", "Dequantized mixture"}
+HEAVY |= {"Mixture of counts", "Dequantized mixture", "StudentT", "Poisson", "Dequantized"}
 COMPILED = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in CASES]
 
 
@@ -147,7 +148,7 @@ def to_jax(distribution):
 def traced(case):
     """Log density and cdf at inner quantiles, inner quantiles, and draws, by one compiled program."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def everything(distribution, y, q, key):
         log_prob, cdf = core_quantile.log_density(distribution, y), core_quantile.cumulative(distribution, y)
         return log_prob.T, cdf.T, core_quantile._quantile_rows(distribution, q), distribution.sample(key, (DRAWS,))
@@ -279,7 +280,7 @@ def test_gradients_are_finite(compiled_case):
         d = put_together(parts)
         return core_quantile.log_density(d, y).sum() + (core_quantile.cumulative(d, y).sum() if with_cdf else 0.0)
 
-    for leaf in jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(parts, y)):
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=QUICKLY)(parts, y)):
         assert jnp.isfinite(leaf).all()
 
 

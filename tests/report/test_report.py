@@ -257,7 +257,7 @@ def test_too_little_coverage_is_said_so(tmp_path):
 
 
 def test_least_familiar_rows_come_first(tmp_path):
-    prediction = regression()
+    prediction = regression(audit=None, dependence=())
     _, page = written(prediction, tmp_path)
     text = " ".join(page.text)
     worst = prediction.frame["unfamiliarity"].idxmax()

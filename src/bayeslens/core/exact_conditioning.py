@@ -185,10 +185,10 @@ class Machine:
                     "add noise to one side, or drop the condition"
                 )
             return
-        direction = along / length
+        direction = self._free @ (along / length)  # projected twice, so that a short one is free to full precision
+        direction /= np.linalg.norm(direction)
         self._point = self._point + direction * (missing / length)
-        rest = np.eye(self._point.size) - np.outer(direction, direction)
-        self._free = rest @ self._free @ rest  # stays a symmetric projector
+        self._free = self._free - np.outer(direction, direction)
 
     def _log_evidence(self) -> float:
         """The density of all conditions at once: chaining one by one would depend on the order of redundant ones."""
@@ -196,10 +196,14 @@ class Machine:
             return 0.0
         rows = np.stack([_pad(c, self._point.size) for c in self._conditions])
         offsets = np.array([float(c.offset) for c in self._conditions])
-        basis, singular, _ = np.linalg.svd(rows, full_matrices=False)
-        kept = singular > _TOLERANCE * singular.max(initial=0)
-        white = basis[:, kept].T @ offsets / singular[kept]
-        return float(-white @ white / 2 - np.log(singular[kept]).sum() - kept.sum() * np.log(2 * np.pi) / 2)
+        sizes = np.linalg.norm(rows, axis=1)
+        sizes[sizes == 0] = 1
+        basis, singular, _ = np.linalg.svd(rows / sizes[:, None], full_matrices=False)
+        kept = singular > _TOLERANCE
+        basis, singular = basis[:, kept], singular[kept]
+        white = basis.T @ (offsets / sizes) / singular
+        log_units = np.linalg.slogdet(basis.T @ (basis * sizes[:, None] ** 2))[1] / 2
+        return float(-white @ white / 2 - np.log(singular).sum() - log_units - kept.sum() * np.log(2 * np.pi) / 2)
 
 
 def run(program: Callable[[Machine], Any]) -> ExactPosterior:

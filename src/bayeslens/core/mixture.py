@@ -209,7 +209,8 @@ def mix_members(distribution: Distribution, weights: Float[Array, " members"]) -
     if isinstance(distribution, Members):
         edges = np.cumsum([0, *(g.batch_shape[0] for g in distribution.groups)])
         shares = [weights[a:b] for a, b in itertools.pairwise(edges)]
-        mixed = [mix_members(g, w / w.sum()) for g, w in zip(distribution.groups, shares, strict=True)]
+        # A group may weigh nothing.
+        mixed = [mix_members(g, w / backend(w).maximum(w.sum(), 1e-30)) for g, w in zip(distribution.groups, shares, strict=True)]
         return mix(mixed, np.array([w.sum() for w in shares]))
     if distribution.batch_shape[0] == 1:
         return put_together(jax.tree.map(lambda a: a[0], take_apart(distribution)))

@@ -248,6 +248,10 @@ def _encode_object(noun: Any, path: tuple, arrays: dict, strict: bool, inner: Ca
         raise InputError(f"a {kind.__name__} cannot be saved: {reason}")
     name = _NAMES.get(kind) or _constructor(kind)
     if isinstance(noun, Distribution):
+        if hasattr(noun, "saved_fields"):
+            # It holds networks: what is shared by all rows is stored once.
+            saved = {n: inner(v, n) for n, v in noun.saved_fields().items()}
+            return {"is": "density", "family": kind.__module__, "class": kind.__name__, "fields": saved}
         try:
             return {"is": "distribution", "parts": inner(take_apart(noun), "parts")}
         except InputError:
@@ -318,6 +322,7 @@ class _Decoder:
             "interval": self.interval,
             "function": self.function,
             "distribution": self.distribution,
+            "density": self.density,
             "object": self.noun,
             "numbers": self.numbers,
         }
@@ -380,6 +385,16 @@ class _Decoder:
         from bayeslens.core.distribution import put_together
 
         return put_together(self(node["parts"]))
+
+    def density(self, node: dict) -> Any:
+        from bayeslens.core.distribution import FAMILIES
+
+        if _MODULE.fullmatch(node["family"]):
+            importlib.import_module(node["family"])
+        family = FAMILIES.get(node["class"])
+        if not hasattr(family, "saved_fields"):
+            raise InputError(f"it holds a {node['class']!r}, which is not known here: import what registers it")
+        return family(**{n: self(v) for n, v in node["fields"].items()})
 
     def noun(self, node: dict) -> Any:
         if "family" in node and _MODULE.fullmatch(node["family"]):
@@ -457,9 +472,8 @@ def _summary(node: Any) -> tuple[str, list[tuple[Any, Any]]]:
         case "array" | "jax":
             dtype = node["dtype"]
             return f"{np.dtype(dtype).name if dtype[0] in '<>|=' else dtype} {tuple(node['shape'])}", []
-        case "object" | "numbers":
-            name = re.split(r"[:.]", node["class"])[-1]
-            return name, list(node["fields"].items()) if node["is"] == "object" else []
+        case "object" | "numbers" | "density":
+            return re.split(r"[:.]", node["class"])[-1], list(node.get("fields", {}).items())
         case "distribution":
             fields = node["parts"]["fields"]
             return f"{fields['family']} distribution", list(_pairs(fields["arrays"]))

@@ -130,7 +130,7 @@ def train(
                     break
                 state = run.advance(state)._replace(seconds=time.perf_counter() - begun)
                 shown(state)
-                if not np.isfinite(state.losses[-1]) and state.best_step >= 0:
+                if not np.isfinite(state.losses[-1]):
                     stopped = "diverged"
                     break
                 if checkpoint is not None and time.perf_counter() - saved > _CHECKPOINT_SECONDS:
@@ -140,6 +140,12 @@ def train(
         stopped = "interrupted"
         said = f"training was interrupted after step {state.step}: the best model so far is returned"
         warnings.warn(said, stacklevel=2)
+    if stopped == "diverged" and state.best_step < 0:
+        step = int(np.isfinite(state.losses).sum())
+        raise InputError(
+            f"the loss is {state.losses[-1]} after {step} steps: look for NaN or infinity in data and model, or lower "
+            "the learning_rate"
+        )
     if checkpoint is not None:
         _save(state, plan, checkpoint)
     best, best_step = (state.best, state.best_step) if state.best_step >= 0 else (state.parameters, state.step)
@@ -202,10 +208,6 @@ class _Run:
             step=first + stop,
             losses=np.concatenate([state.losses, losses]),
         )
-        if state.step == 1 and not np.isfinite(losses[0]):
-            raise InputError(
-                f"the loss is {losses[0]} at the first step: look for NaN or infinity in the data and the first model"
-            )
         return self._check(state) if state.step % plan.check_every == 0 or state.step == plan.total else state
 
     def _check(self, state: _State) -> _State:
@@ -296,7 +298,7 @@ def _rows_of(data: Any, validation: Any, key: Array) -> tuple[Any, Any]:
         if not 0 < held < (rows or 0):
             raise InputError(f"validation={validation} of {rows} rows leaves nothing to validate or to train on")
         order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(rows)
-        return tuple(jax.tree.map(lambda a: a[part], data) for part in (order[held:], order[:held]))
+        return jax.tree.map(lambda a: a[order[held:]], data), jax.tree.map(lambda a: a[order[:held]], data)
     validation = _arrays("validation", validation)
     if jax.tree.structure(validation) != jax.tree.structure(data) or rows is None:
         raise InputError("validation must hold the same arrays as data, for other rows")
@@ -330,8 +332,8 @@ def leaf_names(tree: PyTree) -> list[str]:
     The leaf order of a distribution changes with the interpreter's hash seed; its names do not.
 
     >>> import numpyro.distributions as dist
-    >>> sorted(leaf_names({"d": dist.StudentT(3.0, 0.0, 1.0)}))
-    ["['d'].df", "['d'].loc", "['d'].scale"]
+    >>> sorted(leaf_names({"d": dist.Gamma(3.0, 1.0)}))
+    ["['d'].concentration", "['d'].rate"]
     """
     from numpyro.distributions import Distribution
 

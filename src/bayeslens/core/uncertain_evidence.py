@@ -47,9 +47,9 @@ def update_on_uncertain_evidence(
     >>> heard = FiniteKernel.state([0.1, 0.9])
     >>> for rule in ("jeffrey", "virtual", "distributional"):
     ...     print(rule, round(float(update_on_uncertain_evidence(prior, alarm, heard, rule).probs[1]), 4))
-    jeffrey 0.7
-    virtual 0.7
-    distributional 0.7066
+    jeffrey 0.46
+    virtual 0.4375
+    distributional 0.4453
 
     Raises:
         InputError: an unknown interpretation, kernels that do not fit, or a report that the model rules out.

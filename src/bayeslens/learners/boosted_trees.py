@@ -56,8 +56,9 @@ class BoostedTrees(eqx.Module):
             node = xp.broadcast_to(roots, (rows, outputs))
             for _ in range(self.depth):
                 v = x[index, feature[node]]
-                code = xp.clip(xp.nan_to_num(v, nan=-1.0), -1, sets.shape[1] - 1).astype(xp.int32)
-                member = sets[category_row[node], code] & (code >= 0)
+                code = xp.clip(xp.nan_to_num(v, nan=-1.0), -1, sets.shape[1]).astype(xp.int32)
+                known = (code >= 0) & (code < sets.shape[1])
+                member = sets[category_row[node], xp.where(known, code, 0)] & known
                 go = xp.where(category_row[node] >= 0, member, v <= threshold[node])
                 go = xp.where(xp.isnan(v) & (category_row[node] < 0), missing_left[node], go)
                 node = xp.where(go, left[node], right[node])
@@ -105,7 +106,8 @@ def export_trees(booster: Any, num_outputs: int, num_rounds: int) -> BoostedTree
     for i, codes in enumerate(sets):
         table[i, codes] = True
     # The nearest float32 at or below keeps x <= threshold true for the same float32 values.
-    exact = np.array(nodes["threshold"], np.float64)
+    largest = float(np.finfo(np.float32).max)
+    exact = np.clip(np.array(nodes["threshold"], np.float64), -largest, largest)
     rounded = exact.astype(np.float32)
     rounded = np.where(rounded > exact, np.nextafter(rounded, np.float32(-np.inf)), rounded)
     return BoostedTrees(

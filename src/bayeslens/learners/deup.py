@@ -35,8 +35,8 @@ class DEUP(Learner):
 
     Args:
         base: the learner whose predictions are kept and whose errors are learned.
-        error: a regression learner for the logarithm of the loss; NGBoost by default. With under about 50 rows a Gaussian
-            process, as in the paper, follows the loss more smoothly.
+        error: a regression learner for the logarithm of the loss; NGBoost by default. With under about 50 rows a
+            Gaussian process, as in the paper, follows the loss more smoothly.
         noise: loss of the best possible prediction: the noise variance (the entropy of the classes), or a regression
             predictive whose mean it is. None (default) takes nothing away, which gives an upper bound.
         num_folds: of each round of cross-validation; (2, 5) shows the error learner every row at two distances.
@@ -122,10 +122,7 @@ def _loss(distribution: Distribution, target: Target) -> Float[np.ndarray, " row
 def _features(table: Table, base: Predictive, seen: Familiarity, x: Any) -> Float[np.ndarray, "rows features"]:
     """What the error is learned from: the row, its distance to training rows, epistemic and total uncertainty."""
     members, weights = base.members(x)
-    if base.classes is None:
-        split = variance_split(members, weights)
-    else:
-        split = entropy_split(members.probs, weights)
+    split = variance_split(members, weights) if base.classes is None else entropy_split(members.probs, weights)
     total = np.maximum(split.total, 1e-300)
     epistemic = np.maximum(split.epistemic, 1e-6 * total)  # members that agree leave rounding errors
     distance = np.log(seen.distance(x) + _LEAST_DISTANCE)

@@ -40,8 +40,7 @@ def input_groups(table: Table) -> Int[np.ndarray, " inputs"]:
     >>> input_groups(Table.from_data(np.array([[1.0, 2.0], [3.0, 5.0]]))).tolist()
     [0, 1]
     """
-    groups: list[int] = []
-    following = 0
+    groups, following = [], 0
     for column in table.columns:
         if column.kind == "categorical":
             kept = min(len(column.categories), MAX_INDICATORS)
@@ -122,7 +121,7 @@ class CovarianceTerms(eqx.Module):
             + np.square(self.right).T @ sloped.sum(0)
             - 2 * (self.left * (sloped @ self.right)).sum(0)
         )
-        lengths = np.bincount(groups, by_input, minlength=_count(groups))
+        lengths = np.bincount(groups, by_input, minlength=int(groups.max(initial=-1)) + 1)
         return np.append(lengths, [2 * np.vdot(weights, self.matern), 2 * np.vdot(weights, self.linear)])
 
 
@@ -154,10 +153,6 @@ def covariance_terms(
     total = matern + linear
     total += _CONSTANT
     return CovarianceTerms(total, matern, slope, linear, left, right)
-
-
-def _count(groups: np.ndarray) -> int:
-    return int(groups.max()) + 1 if len(groups) else 0
 
 
 def unpack(
@@ -247,8 +242,7 @@ def hyperprior(num_lengths: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     >>> means.shape, bounds.shape
     ((7,), (7, 2))
     """
-    length = np.log(1.5) + 0.5 * np.log(max(num_lengths, 1))
-    means = np.append(np.full(num_lengths, length), _SCALE_MEANS)
+    means = np.append(np.full(num_lengths, np.log(1.5 * np.sqrt(max(num_lengths, 1)))), _SCALE_MEANS)
     deviations = np.append(np.full(num_lengths, _LENGTH_DEVIATION), _SCALE_DEVIATIONS)
     bounds = np.stack([means - 6 * deviations, means + 6 * deviations], 1)
     bounds[-1] = np.log([_LOWEST_NOISE, 10.0])
@@ -283,7 +277,7 @@ def optimize_hyperparameters(
     weights: Float[np.ndarray, " rows"],
 ) -> Float[np.ndarray, " parameters"]:
     """The most probable log hyperparameters: restarts on some rows, the best of them finished on all."""
-    num_lengths = _count(groups)
+    num_lengths = int(groups.max(initial=-1)) + 1
     means, _, _ = hyperprior(num_lengths)
     rough, plain = means.copy(), means.copy()
     rough[:-3] -= 0.7
@@ -303,17 +297,17 @@ def draw_hyperparameters(
 ) -> Float[np.ndarray, "draws parameters"]:
     """Draws from the Normal approximation of the posterior of log hyperparameters at its mode (Laplace).
 
-    The Hessian is by differences of the gradient of objective(parameters) -> (value, gradient). Draws come in
-    antithetic pairs, from the same random numbers every time, so that folds differ by their data only.
+    The Hessian is by differences of the gradient of objective(parameters) -> (value, gradient). Antithetic pairs, from
+    the same random numbers every time, so that folds differ by their data only.
 
     >>> means, deviations, _ = hyperprior(1)
     >>> draw_hyperparameters(means, lambda p: (0.0, 0.0 * p), 4).shape  # no data: the prior
     (4, 4)
     """
-    means, deviations, bounds = hyperprior(len(best) - 3)
-    step = 0.01
-    columns = [objective(best + step * e)[1] - objective(best - step * e)[1] for e in np.eye(len(best))]
-    precision = np.diag(1 / deviations**2) - np.stack(columns) / (2 * step)
+    _, deviations, bounds = hyperprior(len(best) - 3)
+    step, there = 0.01, objective(best)[1]
+    columns = np.stack([objective(best + step * e)[1] - there for e in np.eye(len(best))])
+    precision = np.diag(1 / deviations**2) - columns / step
     values, vectors = np.linalg.eigh((precision + precision.T) / 2)
     values = np.maximum(values, 1 / deviations.max() ** 2)  # the data never say less than the prior
     noise = np.random.default_rng(0).normal(size=((num_draws + 1) // 2, len(best)))
@@ -371,10 +365,9 @@ def exact_posterior(
 class GaussianProcess(Learner):
     """Gaussian process regression: a smooth function with a length scale per feature, a linear part, Gaussian noise.
 
-    Up to 500 rows, predictions are averaged over draws from the posterior of the hyperparameters, which on tables of
-    30 to 300 rows is worth up to 0.5 nats a row; beyond, hyperparameters are the most probable ones under log-normal
-    priors. Up to `max_exact_rows` rows the posterior of the function is exact; beyond, it is Titsias's variational
-    posterior.
+    Up to 500 rows, predictions are averaged over draws from the posterior of the hyperparameters, which was worth up to
+    0.5 nats a row on tables of 30 to 300 rows; beyond, hyperparameters are the most probable ones. Up to
+    `max_exact_rows` rows the posterior of the function is exact; beyond, it is Titsias's variational one.
 
     Args:
         max_exact_rows: 2000 rows take about ten seconds on two cores; the time grows with the third power.
@@ -382,8 +375,7 @@ class GaussianProcess(Learner):
         num_draws: draws of the hyperparameters; 8 are within 0.05 nats of 16. With 1, the most probable ones are used
             and marginals are Normal.
 
-    Source: Rasmussen and Williams 2006, Gaussian Processes for Machine Learning; Titsias 2009, Variational Learning
-    of Inducing Variables in Sparse Gaussian Processes.
+    Source: Rasmussen and Williams 2006, Gaussian Processes for Machine Learning; and `sparse_gaussian_process`.
 
     >>> X = np.linspace(-3, 3, 40)[:, None]
     >>> predictive = GaussianProcess().fit(X, np.sin(X[:, 0]), key=None)
@@ -415,8 +407,7 @@ class GaussianProcess(Learner):
         with one_thread():
             if len(y) <= self.max_exact_rows:
                 best, points = optimize_hyperparameters(*data), x
-                evidence = log_evidence(best, *data)[0]
-                draws = best[None]
+                evidence, draws = log_evidence(best, *data)[0], best[None]
                 if self.num_draws > 1 and len(y) <= _DRAW_ROWS:
                     draws = draw_hyperparameters(best, lambda p: log_evidence(p, *data), self.num_draws)
                 latents = tuple(exact_posterior(parameters, *data) for parameters in draws)
@@ -439,11 +430,10 @@ class GaussianProcess(Learner):
 class GaussianProcessPredictive(Predictive):
     """Predictions of Gaussian process regression.
 
-    `latents` are the posteriors of the function under each draw of the hyperparameters, or under the most probable
-    ones alone. Marginals are mixtures of `num_components` Normals, also when these are equal: one family, whatever the
-    number of rows, so that predictions of several folds can be joined. `log_evidence` is the log marginal likelihood
-    at the most probable hyperparameters (with inducing points a lower bound of it); it does not charge for having
-    chosen them.
+    `latents` are posteriors of the function under each draw of the hyperparameters, or the most probable ones alone.
+    Marginals mix `num_components` Normals, also when these are equal: one family for every number of rows, so that
+    predictions of several folds can be joined. `log_evidence` is the log marginal likelihood (with inducing points a
+    lower bound) at the most probable hyperparameters; it does not charge for having chosen them.
     """
 
     table: Table
@@ -482,10 +472,9 @@ class GaussianProcessPredictive(Predictive):
         """The marginals: exact Normals under each draw of the hyperparameters, mixed."""
         mean, deviation, noise = self._moments(x)
         xp = jnp if isinstance(mean, jax.Array) else np
-        shape = (self.num_components, mean.shape[1])
-        spread = xp.broadcast_to(xp.hypot(deviation, noise), shape)
-        weights = np.full(self.num_components, 1 / self.num_components)
-        return mix_members(dist.Normal(xp.broadcast_to(mean, shape), spread), weights)
+        shape, share = (self.num_components, mean.shape[1]), 1 / self.num_components
+        normal = dist.Normal(xp.broadcast_to(mean, shape), xp.broadcast_to(xp.hypot(deviation, noise), shape))
+        return mix_members(normal, np.full(self.num_components, share))
 
     def members(self, x: Any) -> tuple[Distribution, np.ndarray]:
         """Gauss-Hermite nodes of the function's posterior under each draw, each with Normal noise."""
@@ -505,5 +494,6 @@ class GaussianProcessPredictive(Predictive):
                 covariance = covariance + latent.noise**2 * xp.eye(len(mean))
                 factors.append(jnp.linalg.cholesky(covariance) if xp is jnp else cholesky(covariance))
                 means.append(mean)
-        loc, scale_tril = self.center + self.scale * xp.stack(means), self.scale * xp.stack(factors)
-        return mix_members(dist.MultivariateNormal(loc, scale_tril=scale_tril), np.full(len(means), 1 / len(means)))
+        loc = self.center + self.scale * xp.stack(means)
+        joint = dist.MultivariateNormal(loc, scale_tril=self.scale * xp.stack(factors))
+        return mix_members(joint, np.full(len(means), 1 / len(means)))

@@ -16,9 +16,9 @@ from bayeslens.core.learner import Learner, Predictive
 from bayeslens.core.table import Table, Target
 from bayeslens.learners.boosted_trees import BoostedTrees, export_trees
 from bayeslens.learners.linear import check_weights
-from bayeslens.learners.ngboost_families import Family, family_of, marginal_parameters, natural_gradient
+from bayeslens.learners.ngboost_families import Family, best_shift, family_of, marginal_parameters, natural_gradient
 
-_ONE_THREAD_ROWS = 5000  # threads cost more than they bring on smaller tables
+_ONE_THREAD_ROWS = 50_000  # threads cost more than they bring on smaller tables, above all on a busy machine
 _STEP_LIMIT = 10.0  # natural gradients of log parameters are clipped here: a first tree must not overshoot
 
 
@@ -120,11 +120,14 @@ class NGBoost(Learner):
         if len(rows.x) != len(values):
             raise InputError(f"X has {len(rows.x)} rows and y has {len(values)}: they must agree")
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-        rounds = self.num_trees
+        rounds, shift = self.num_trees, 0.0
         held = np.random.default_rng(seed).random(len(values)) < 0.15
         if self.early_stopping_rounds and 5 <= held.sum() < len(values):
-            rounds = self._boost(family, table, rows.take(~held), rows.take(held), seed, rounds)[0].best_iteration
+            booster, start = self._boost(family, table, rows.take(~held), rows.take(held), seed, rounds)
+            rounds = booster.best_iteration
+            shift = _spread_shift(family, booster, start, rows.take(held))
         booster, start = self._boost(family, table, rows, None, seed, rounds)
+        start = start + shift
         trees = export_trees(booster, len(start), max(rounds, 1))
         shape = values.shape[1] if values.ndim == 2 else 1
         return NGBoostPredictive(table, trees, start, self.distribution, self.score, shape, classes)
@@ -198,6 +201,23 @@ class NGBoost(Learner):
             "seed": seed % 10**6,
             "verbose": -1,
         }
+
+
+def _spread_shift(family: Family, booster: Any, start: np.ndarray, held: _Rows) -> np.ndarray:
+    """A constant for every parameter but the first that makes the held-out rows likeliest.
+
+    Trees shrink the spread on the rows they were grown on, and parameters that matter little, such as degrees of
+    freedom, are still on their way when boosting stops.
+    """
+    none = np.zeros(len(start))
+    if len(start) == 1 or not family.spread:
+        return none
+    theta = export_trees(booster, len(start), max(booster.best_iteration, 1))(held.x) + start
+    if held.offset is not None:
+        theta[:, family.rate] += held.offset
+    shift = best_shift(family, held.y, theta, held.weights, held.censored, none, prior_rows=10.0)
+    shift[0] = 0.0
+    return shift
 
 
 def _starting_scores(start: np.ndarray, rows: _Rows, family: Family) -> np.ndarray:

@@ -38,6 +38,7 @@ class Family(NamedTuple):
         check: raises on targets outside the support.
         rate: index of the parameter that a log exposure is added to, or None.
         censoring: whether right-censored rows are understood.
+        spread: whether the parameters after the first say how far the target spreads.
     """
 
     start: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -47,6 +48,7 @@ class Family(NamedTuple):
     check: Callable[[np.ndarray], None] = lambda y: None
     rate: int | None = None
     censoring: bool = False
+    spread: bool = True
 
 
 def natural_gradient(
@@ -76,26 +78,52 @@ def marginal_parameters(family: Family, y: Any, weights: Any, censored: Any = No
     """
     keep = np.linspace(0, len(y) - 1, min(len(y), 20_000)).round().astype(int)
     y, weights = y[keep], weights[keep]
-    censored = None if censored is None else censored[keep]
-    theta = family.start(y, weights)
+    start = family.start(y, weights)
+    nothing = np.zeros((len(y), len(start)))
+    return best_shift(family, y, nothing, weights, None if censored is None else censored[keep], start)
 
-    def total(theta: np.ndarray) -> float:
-        return float(
-            np.average(family.loss(y, np.broadcast_to(theta, (len(y), len(theta))), censored), weights=weights)
-        )
 
-    best, size = total(theta), 1.0
+def best_shift(
+    family: Family,
+    y: Any,
+    theta: Float[np.ndarray, "rows parameters"],
+    weights: Any,
+    censored: Any,
+    start: Float[np.ndarray, " parameters"],
+    prior_rows: float = 0.0,
+) -> Float[np.ndarray, " parameters"]:
+    """The constant that, added to every row's parameters, minimizes the mean loss, by damped Fisher scoring.
+
+    Args:
+        family: the family.
+        y: targets.
+        theta: parameters of every row.
+        weights: row weights.
+        censored: mask of censored rows, or None.
+        start: where to begin.
+        prior_rows: rows' worth of belief in no shift at all.
+    """
+    total = weights.sum()
+
+    def loss(shift: np.ndarray) -> float:
+        rows = family.loss(y, theta + shift, censored)
+        return float(weights @ rows + 0.5 * prior_rows * (shift**2).sum()) / total
+
+    shift, best, size = start, loss(start), 1.0
     for _ in range(100):
-        rows = np.broadcast_to(theta, (len(y), len(theta)))
-        step = np.clip(np.average(natural_gradient(family, y, rows, censored), axis=0, weights=weights), -2, 2)
-        while size > 1e-4 and not total(theta - size * step) <= best:
+        step = weights @ natural_gradient(family, y, theta + shift, censored) + prior_rows * shift
+        step = np.clip(step / (total + prior_rows), -2, 2)
+        trial = loss(shift - size * step)
+        while size > 1e-4 and not trial <= best:
             size /= 2
-        theta = theta - size * step if size > 1e-4 else theta
-        change, best = best - total(theta), total(theta)
-        if size <= 1e-4 or change < 1e-9 * (1 + abs(best)):
+            trial = loss(shift - size * step)
+        if size <= 1e-4:
+            break
+        change, best, shift = best - trial, trial, shift - size * step
+        if change < 1e-9 * (1 + abs(best)):
             break
         size = min(1.0, 2 * size)
-    return theta
+    return shift
 
 
 class _Standard(NamedTuple):
@@ -255,8 +283,8 @@ def _student_t() -> Family:
         metric[:, 1, 2] = metric[:, 2, 1] = -2 * df / ((df + 1) * (df + 3))
         curvature = special.polygamma(1, df / 2) - special.polygamma(1, (df + 1) / 2)
         metric[:, 2, 2] = df * df * (curvature / 4 - (df + 5) / (2 * df * (df + 1) * (df + 3)))
-        # Where the tails carry no information any more, the degrees of freedom stay put.
-        metric[:, 2, 2] = np.maximum(metric[:, 2, 2], 1e-3)
+        # With many degrees of freedom the information fades, and its inverse would chase noise.
+        metric[:, 2, 2] = np.maximum(metric[:, 2, 2], 0.02)
         return np.stack([-slope * inverse, constant - slope * z, by_df], 1), metric
 
     def start(y: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -300,7 +328,7 @@ def _concentration_information() -> Any:
             mass = np.diff(upper, prepend=0.0)
             by_r = special.digamma(y + r) - special.digamma(r) + np.log(p) + 1 - (r + y) / (r + m)
             table[i, j] = r * r * (mass * by_r**2).sum()
-    return RectBivariateSpline(log_mean, log_r, np.log(np.maximum(table, 1e-6)), kx=1, ky=1)
+    return RectBivariateSpline(log_mean, log_r, np.log(np.maximum(table, 1e-6)))
 
 
 def _negative_binomial() -> Family:
@@ -350,7 +378,11 @@ def _categorical(classes: int) -> Family:
         return np.log(share / share.sum())
 
     return Family(
-        start, loss, gradient, lambda t: build(dist.CategoricalProbs, probs=special.softmax(t, 1).astype(np.float32))
+        start,
+        loss,
+        gradient,
+        lambda t: build(dist.CategoricalProbs, probs=special.softmax(t, 1).astype(np.float32)),
+        spread=False,
     )
 
 
@@ -422,7 +454,7 @@ def _multivariate_normal(size: int) -> Family:
         tril = np.linalg.cholesky(np.einsum("nki,nkj->nij", inverse, inverse))
         return build(dist.MultivariateNormal, loc=t[:, :size], scale_tril=tril)
 
-    return Family(start, loss, gradient, distribution)
+    return Family(start, loss, gradient, distribution, spread=False)
 
 
 NAMES = ("normal", "lognormal", "student_t", "laplace", "poisson", "negative_binomial")
