@@ -51,9 +51,9 @@ _ROWS = 100
 _GRID = np.linspace(-2, 2, 401)[:, None]
 _PEAK_NOISE = 0.02  # assumed in the optimization, whose values have none
 _LOG_LOSS_NOISE = 2.2  # standard deviation of the logarithm of a squared Normal
-_LENGTHS = tuple(np.geomspace(0.03, 3, 12))
+_LENGTHS = tuple(np.geomspace(0.03, 3, 8))
 _STEPS = 20
-_SEEDS = 16
+_SEEDS = 10
 
 
 def check(*, control: bool = False) -> Evidence:

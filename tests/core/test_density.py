@@ -104,20 +104,16 @@ def test_as_argument_of_jit_vmap_scan_and_grad(make):
     assert d.event_shape == (2,) and d.log_prob(np.zeros((4, 1, 2))).shape == (4, 1)
 
 
-@battery
-def test_ensembles_are_batches_of_networks(make):
-    keys = jax.random.split(KEY, 3)
-    apart = [Density(make(k)) for k in keys]
+def test_ensembles_are_batches_of_networks():
+    apart = [Density(affine(k)) for k in jax.random.split(KEY, 2)]
     x = jnp.array([[0.3, -0.2], [1.0, 2.0]])
-    promoted = promote_batch_shape(jax.tree.map(lambda *a: jnp.stack(a), *apart) if make is affine
-                                   else jax.tree.map(lambda a: jnp.stack([a] * 3), apart[0]))  # fmt: skip
-    expected = jnp.stack([d.log_prob(x) for d in (apart if make is affine else [apart[0]] * 3)], 1)
-    assert promoted.batch_shape == (3,)
+    promoted = promote_batch_shape(jax.tree.map(lambda *a: jnp.stack(a), *apart))
+    expected = np.stack([d.log_prob(x) for d in apart], 1)
+    assert promoted.batch_shape == (2,)
     np.testing.assert_allclose(promoted.log_prob(x[:, None]), expected, rtol=2e-5)
-    assert promoted.sample(KEY, (5,)).shape == (5, 3, 2)
-    again = put_together(take_apart(promoted))
-    np.testing.assert_array_equal(again.log_prob(x[:, None]), promoted.log_prob(x[:, None]))
-    np.testing.assert_allclose(take_rows(promoted, np.array([2])).log_prob(x[0]), expected[0, 2:], rtol=2e-5)
+    assert promoted.sample(KEY, (5,)).shape == (5, 2, 2)
+    again = take_rows(promoted, np.array([1]))
+    np.testing.assert_allclose(again.log_prob(x[0]), expected[0, 1:], rtol=2e-5)
     assert promote_batch_shape(apart[0]).batch_shape == ()
 
 
@@ -201,7 +197,7 @@ def test_conditional_densities_learn():
     y = jnp.concatenate([2 * x, -x], -1) + 0.1 * jax.random.normal(KEY, (4, 16, 2))
     loss = lambda k, batch, key: -k(batch[0]).log_prob(batch[1]).mean()  # noqa: E731
     data = (x.reshape(-1, 1), y.reshape(-1, 2))
-    trained, history = train(loss, kernel, data, key=KEY, num_steps=400, learning_rate=0.02)
+    trained, history = train(loss, kernel, data, key=KEY, num_steps=300, learning_rate=0.02)
     # The best possible: two Normals of deviation 0.1, less what tanh allows (exp(-1) is the smallest scale).
     best = -float(dist.Normal(0, np.exp(-1)).log_prob(0.1) * 2)
     assert history.losses[-1] < best + 0.1 < history.losses[0]

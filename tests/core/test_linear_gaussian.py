@@ -1,6 +1,7 @@
 """Linear-Gaussian kernels against textbook covariances, SciPy's densities and quadrature, singular ones included."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -142,10 +143,16 @@ def test_units_do_not_matter():
         scaled = other.condition(LinearGaussianKernel(np.zeros((3, 0)), *prior), unit * y)
         np.testing.assert_allclose(scaled[0].mean, plain[0].mean, atol=1e-8)
         np.testing.assert_allclose(scaled[0].covariance, plain[0].covariance, atol=1e-8)
-        assert np.isfinite(scaled[1])
-        assert (
-            other.condition(LinearGaussianKernel(np.zeros((3, 0)), *prior), unit * (y + [0, 0, 0, 1e-6]))[1] == -np.inf
-        )
+        # the volume of the support's unit cell by Cauchy and Binet, over the three noises that are not zero
+        rows = np.concatenate([f[0] @ prior[1], f[2]], axis=1)[:, [0, 1, 3]]
+        log_volume = [
+            np.log(sum(np.linalg.det((u[:, None] * rows)[list(i)]) ** 2 for i in itertools.combinations(range(4), 3)))
+            / 2
+            for u in (np.ones(4), unit)
+        ]
+        np.testing.assert_allclose(scaled[1] - plain[1], log_volume[0] - log_volume[1], atol=1e-7)
+        moved = unit * (y + np.array([0, 0, 0, 1e-6]))
+        assert other.condition(LinearGaussianKernel(np.zeros((3, 0)), *prior), moved)[1] == -np.inf
 
 
 def test_off_the_support_there_is_no_posterior():

@@ -47,10 +47,10 @@ def test_group_without_weight_is_left_out():
 
 
 def test_categoricals_stay_categorical():
-    probs = np.array([[[0.2, 0.8], [0.5, 0.5]], [[0.6, 0.4], [1.0, 0.0]]])
+    probs = np.array([[[0.2, 0.8], [0.5, 0.5]], [[0.6, 0.4], [0.9, 0.1]]])
     for mixed in (
         mix_members(dist.CategoricalProbs(probs), WEIGHTS),
-        mix([dist.CategoricalProbs(probs[0]), dist.CategoricalLogits(jnp.log(probs[1]))], WEIGHTS),
+        mix([dist.CategoricalProbs(probs[0]), dist.CategoricalLogits(np.log(probs[1]))], WEIGHTS),
     ):
         assert isinstance(mixed, dist.CategoricalProbs)
         np.testing.assert_allclose(mixed.probs, np.einsum("m,mrc->rc", WEIGHTS, probs), rtol=1e-6)
@@ -65,10 +65,10 @@ def test_one_component_is_itself():
 
 
 def test_members_and_their_moments():
-    groups = Members([dist.Normal(LOC, 2.0), dist.StudentT(5.0, LOC[:1], 1.0)])
+    groups = Members([dist.Normal(LOC, 2.0), dist.Laplace(LOC[:1], 1.0)])
     mean, variance = member_moments(groups)
     np.testing.assert_allclose(mean, np.concatenate([LOC, LOC[:1]]))
-    np.testing.assert_allclose(variance[:, 0], [4.0, 4.0, 5 / 3])
+    np.testing.assert_allclose(variance[:, 0], [4.0, 4.0, 2.0])
     np.testing.assert_allclose(groups.mean, mean, rtol=1e-6)
     np.testing.assert_allclose(groups.variance, variance, rtol=1e-6)
     y = np.array([0.3, 1.0, -4.0])

@@ -63,12 +63,13 @@ def test_shifts_are_order_statistics() -> None:
     np.testing.assert_array_equal(shifts, [2.0, 10.0, 18.0])
 
 
-def test_weights_count_as_repeated_rows_in_the_calibration() -> None:
-    y, weights = np.array([1.0, 2.0, 5.0]), np.array([1.0, 8.0, 1.0])
-    by_weight = _shifts(np.zeros((3, 3)), y, np.array([0.3, 0.5, 0.7]), weights)
-    repeated = np.repeat(y, weights.astype(int))
-    by_row = _shifts(np.zeros((10, 3)), repeated, np.array([0.3, 0.5, 0.7]), np.ones(10))
-    np.testing.assert_array_equal(by_weight, by_row)
+def test_weights_move_the_shifts_to_heavier_rows() -> None:
+    y, raw, levels = np.arange(1.0, 20.0), np.zeros((19, 3)), np.array([0.1, 0.5, 0.9])
+    equal = _shifts(raw, y, levels, np.full(19, 7.0))
+    np.testing.assert_array_equal(equal, _shifts(raw, y, levels, np.ones(19)))
+    heavy = _shifts(raw, y, levels, np.where(y == 4, 100.0, 1.0))
+    # Row 4 holds 100 of 118 parts of the weight, and the new row 118/19 more.
+    np.testing.assert_array_equal(heavy, [4.0, 4.0, 4.0])
 
 
 def test_quantiles_that_cross_move_outwards_only() -> None:

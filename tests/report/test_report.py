@@ -70,7 +70,6 @@ def regression(rows: int = 89, **changes) -> Prediction:
             "lower": mean - 1.645 * scale,
             "upper": mean + 1.645 * scale,
             "unfamiliar": status > np.quantile(status, 0.95),
-            "unfamiliarity": status / 40,
         },
         index=[f"tract {i}" for i in range(rows)],
     )
@@ -88,13 +87,14 @@ def regression(rows: int = 89, **changes) -> Prediction:
             "coverage": 0.91,
             "width": 9.127,
             "calibration_error": 0.052,
-            "calibration_error_standard_error": 0.021,
+            "calibration_error_se": 0.021,
         },
         "metrics_from": "test",
         "leaderboard": board("regression"),
         "n_train": 417,
         "n_test": rows,
         "seconds": 12.4,
+        "unfamiliarity": status / 40,
         "warnings": ("column 'id': looks like an identifier and is not used", "12 rows of 'lstat' are missing"),
         "audit": Audit(
             y,
@@ -190,7 +190,7 @@ CASES = {
     "three rows": lambda: regression(3),
     "without audit and dependence": lambda: regression(audit=None, dependence=(), warnings=()),
     "metrics unknown": lambda: regression(
-        metrics={"log_score": float("nan"), "coverage": float("nan"), "crps": float("nan")}
+        metrics={"log_score": float("nan"), "coverage": float("nan"), "crps": float("nan")}, dependence=()
     ),
 }
 
@@ -247,7 +247,7 @@ def test_regression_report_holds_the_numbers(tmp_path):
     for part in ("−2.412", "1.483", "9.127", "0.052", "± 0.021", "91%", "± 3%", "89 rows", "417", "what they promise"):
         assert part in text, part
     assert text.index("NGBoost −2.410") < text.index("Linear −3.080") < text.index("417 rows are too many")
-    assert "looks like an identifier" in text and "89 test rows" in text
+    assert "looks like an identifier" in text and "89 of these held-out rows" in text
     assert html.count("<figure>") == 2 + 2 + 4
 
 
@@ -260,7 +260,7 @@ def test_least_familiar_rows_come_first(tmp_path):
     prediction = regression(audit=None, dependence=())
     _, page = written(prediction, tmp_path)
     text = " ".join(page.text)
-    worst = prediction.frame["unfamiliarity"].idxmax()
+    worst = prediction.frame.index[np.argmax(prediction.unfamiliarity)]
     after = text[text.index("Rows least like") :]
     assert re.search(r"tract \d+", after).group() == worst
 

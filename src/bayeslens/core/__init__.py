@@ -5,18 +5,28 @@ from __future__ import annotations
 import importlib
 
 _PUBLIC = {
+    "BayesianLens": "bayesian_lens",
+    "Dequantized": "transformed",
+    "FiniteKernel": "finite",
     "InputError": "errors",
     "Kernel": "learner",
     "Learner": "learner",
+    "LinearGaussianKernel": "linear_gaussian",
+    "Members": "mixture",
     "Mixture": "mixture",
     "Predictive": "learner",
-    "Recalibrated": "transformed",
-    "Dequantized": "transformed",
     "QuantileDistribution": "transformed",
+    "Recalibrated": "transformed",
     "Table": "table",
     "Target": "table",
+    "as_predictive": "foreign",
+    "load": "saving",
     "mix": "mixture",
     "quantile": "quantile",
+    "register": "saving",
+    "register_family": "distribution",
+    "save": "saving",
+    "show": "saving",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -47,6 +47,26 @@ class _Shared:
         self.network = network
 
 
+@eqx.filter_jit
+def _evaluate(
+    method: str, static: Any, arrays: Any, condition: Any, names: tuple[str, ...], ndims: tuple[int, ...],
+    result_ndim: int, inputs: list[Array],
+) -> Array:  # fmt: skip
+    """A network's method over all batch axes, in one program: networks are slow when run operation by operation."""
+    leaves, structure = jax.tree.flatten(arrays)
+    given = [] if condition is None else [condition]
+
+    def one(*values: Array) -> Array:
+        network = eqx.combine(structure.unflatten(values[: len(leaves)]), static)
+        arguments = dict(zip(names, values[len(leaves) + len(given) :], strict=True))
+        if given:
+            arguments["condition"] = values[len(leaves)]
+        # The first input goes by position: networks name it as they like.
+        return getattr(network, method)(arguments.pop(names[0]), **arguments)
+
+    return over_leading_axes(one, *ndims, result_ndim=result_ndim)(*leaves, *given, *inputs)
+
+
 @register_family
 class Density(Distribution):
     """The density of a network.
@@ -134,19 +154,9 @@ class Density(Distribution):
 
     def _call(self, method: str, *inputs: tuple[str, Any, int], result_ndim: int = 0) -> Array:
         """A method of the network, over all batch axes. Inputs are (name, array, own axes); `x` and `key` first."""
-        structure = jax.tree.structure(self.arrays)
-        count = len(self.network_ndims)
-
-        def one(*given: Array) -> Array:
-            network = eqx.combine(structure.unflatten(given[:count]), self.static)
-            arguments = dict(zip([name for name, *_ in inputs], given[len(given) - len(inputs) :], strict=True))
-            first = arguments.pop(inputs[0][0])
-            if self.condition is not None:
-                arguments["condition"] = given[count]
-            return getattr(network, method)(first, **arguments)
-
-        ndims = (*self._own_ndims(), *(ndim for *_, ndim in inputs))
-        return over_leading_axes(one, *ndims, result_ndim=result_ndim)(*self._batched(), *(a for _, a, _ in inputs))
+        names, ndims = tuple(name for name, *_ in inputs), (*self._own_ndims(), *(ndim for *_, ndim in inputs))
+        return _evaluate(method, self.static, self.arrays, self.condition, names, ndims, result_ndim,
+                         [array for _, array, _ in inputs])  # fmt: skip
 
     def _at(self, method: str, x: Any, key: Array | None = None) -> Array:
         if not hasattr(self.static, method):
@@ -187,7 +197,11 @@ class Density(Distribution):
 
     def expand(self, batch_shape: tuple[int, ...]) -> Density:
         """The same density with a larger batch shape; nothing is copied."""
-        if np.broadcast_shapes(self.batch_shape, tuple(batch_shape)) != tuple(batch_shape):
+        try:
+            fits = np.broadcast_shapes(self.batch_shape, tuple(batch_shape)) == tuple(batch_shape)
+        except ValueError:
+            fits = False
+        if not fits:
             raise InputError(f"a batch of shape {self.batch_shape} cannot be expanded to {tuple(batch_shape)}")
         expanded = copy.copy(self)
         expanded._batch_shape = tuple(batch_shape)

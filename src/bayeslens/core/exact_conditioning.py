@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 from jaxtyping import Float
 
 from bayeslens.core.errors import InputError
@@ -202,7 +203,8 @@ class Machine:
         kept = singular > _TOLERANCE
         basis, singular = basis[:, kept], singular[kept]
         white = basis.T @ (offsets / sizes) / singular
-        log_units = np.linalg.slogdet(basis.T @ (basis * sizes[:, None] ** 2))[1] / 2
+        lower, upper = scipy.linalg.lu(basis * sizes[:, None], permute_l=True)
+        log_units = np.log(np.abs(np.diag(upper))).sum() + np.linalg.slogdet(lower.T @ lower)[1] / 2
         return float(-white @ white / 2 - np.log(singular).sum() - log_units - kept.sum() * np.log(2 * np.pi) / 2)
 
 

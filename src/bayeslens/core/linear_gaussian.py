@@ -89,9 +89,10 @@ def regress(
     if residual is None:
         return Regression(along @ whiten, factor, jnp.zeros((), dtype))
     white = whiten @ residual
-    gram = basis.T @ (basis * unit[:, None] ** 2) + jnp.diag(1 - kept)
-    full = kept.sum() == size  # then exact in the units themselves, however much these differ
-    log_unit = jnp.where(full, jnp.log(unit).sum(), jnp.linalg.slogdet(gram)[1] / 2)
+    # The volume that the change of units gives the support, by elimination with pivots: unlike a determinant of
+    # squares it stands units that differ by many orders of magnitude.
+    lower, upper = jax.scipy.linalg.lu(jnp.concatenate([basis * unit[:, None], jnp.diag(1 - kept)]), permute_l=True)
+    log_unit = jnp.log(jnp.abs(jnp.diag(upper))).sum() + jnp.linalg.slogdet(lower.T @ lower)[1] / 2
     log_volume = jnp.log(jnp.abs(jnp.diag(r))).sum() + log_unit
     log_prob = -(white @ white) / 2 - log_volume - kept.sum() * jnp.log(2 * jnp.pi) / 2
     off = residual / unit - basis @ (basis.T @ (residual / unit))

@@ -102,7 +102,7 @@ def log_density(distribution: Distribution, y: Any) -> Any:
         return distribution.log_prob(y)
     y = jnp.asarray(y)
     inside = (y > limits[0]) & (y < limits[1])
-    if isinstance(distribution, dist.Uniform | dist.Exponential | dist.HalfNormal):  # dense up to the ends
+    if isinstance(distribution, dist.Uniform):  # dense up to the ends
         inside = (y >= limits[0]) & (y <= limits[1])
     return jnp.where(inside, distribution.log_prob(jnp.where(inside, y, limits[2])), -jnp.inf)
 

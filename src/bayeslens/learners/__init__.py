@@ -15,6 +15,24 @@ _PUBLIC = {
     "NGBoost": "ngboost",
     "Stacking": "stacking",
 }
+_PUBLIC |= dict.fromkeys(
+    (
+        "AutoClassifier",
+        "AutoRegressor",
+        "BayesianLinearRegressor",
+        "BayesianLogisticClassifier",
+        "ConformalizedQuantilesRegressor",
+        "DeepEnsembleClassifier",
+        "DeepEnsembleRegressor",
+        "GaussianProcessRegressor",
+        "NGBoostClassifier",
+        "NGBoostRegressor",
+        "StackingClassifier",
+        "StackingRegressor",
+        "make_estimator",
+    ),
+    "scikit",
+)
 # Names for `--learner`: the class for each task, and its settings.
 LEARNERS: dict[str, dict[str, tuple[str, dict]]] = {
     "linear": {"regression": ("BayesianLinearRegression", {}), "classification": ("BayesianLogisticRegression", {})},

@@ -109,7 +109,7 @@ class CovarianceTerms(eqx.Module):
     total: Float[np.ndarray, "left right"]
     matern: Float[np.ndarray, "left right"]
     slope: Float[np.ndarray, "left right"]
-    linear: Float[np.ndarray, "left right"]
+    covariance: Covariance
     left: Float[np.ndarray, "left inputs"]
     right: Float[np.ndarray, "right inputs"]
 
@@ -120,9 +120,10 @@ class CovarianceTerms(eqx.Module):
             np.square(self.left).T @ sloped.sum(1)
             + np.square(self.right).T @ sloped.sum(0)
             - 2 * (self.left * (sloped @ self.right)).sum(0)
-        )
+        ) / np.square(self.covariance.lengths)
         lengths = np.bincount(groups, by_input, minlength=int(groups.max(initial=-1)) + 1)
-        return np.append(lengths, [2 * np.vdot(weights, self.matern), 2 * np.vdot(weights, self.linear)])
+        linear = self.covariance.linear**2 / max(len(groups), 1) * np.vdot(self.left, weights @ self.right)
+        return np.append(lengths, [2 * np.vdot(weights, self.matern), 2 * linear])
 
 
 def covariance_terms(
@@ -141,18 +142,20 @@ def covariance_terms(
     np.maximum(a, 0.0, out=a)
     a *= 5
     np.sqrt(a, out=a)
-    decay = np.exp(-a)
+    decay = np.negative(a)  # in place from here: fresh memory costs more than the arithmetic
+    np.exp(decay, out=decay)
     decay *= covariance.smooth**2
-    slope = (1 + a) * decay
+    slope = a + 1
+    slope *= decay
     a *= a
     a *= decay
     a /= 3
-    matern = np.add(slope, a, out=a)
+    a += slope
     slope *= 5 / 3
-    linear = (x * (covariance.linear**2 / max(x.shape[1], 1))) @ z.T
-    total = matern + linear
+    total = np.matmul(x * (covariance.linear**2 / max(x.shape[1], 1)), z.T, out=decay)
+    total += a
     total += _CONSTANT
-    return CovarianceTerms(total, matern, slope, linear, left, right)
+    return CovarianceTerms(total, a, slope, covariance, x, z)
 
 
 def unpack(

@@ -97,6 +97,8 @@ def _context(prediction: Prediction) -> dict[str, Any]:
         "p": prediction,
         "classes": None if prediction.classes is None else [str(c) for c in prediction.classes],
         "held_out": 0 if prediction.audit is None else len(prediction.audit.y),
+        "has_sets": prediction.audit is not None and prediction.audit.interval_coverage is not None,
+        "stacked": prediction.learner.count(", ") + 1 if prediction.learner.startswith("stack of ") else 0,
         "promise": _promise(prediction),
         "cards": _cards(prediction),
         "warnings": prediction.warnings[:_MAX_WARNINGS],
@@ -199,10 +201,9 @@ def _metric(prediction: Prediction, name: str) -> float | None:
 
 
 def _standard_error(prediction: Prediction, name: str) -> float | None:
-    for key in (f"{name}_standard_error", f"{name}_se"):
-        value = _metric(prediction, key)
-        if value is not None:
-            return value
+    error = _metric(prediction, f"{name}_se")
+    if error is not None:
+        return error
     audit = prediction.audit
     if name != "coverage" or audit is None:
         return None

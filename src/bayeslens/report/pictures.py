@@ -204,7 +204,7 @@ def _coverage(result: Prediction) -> list[Panel]:
         return []
     if audit.interval_coverage is not None and len(audit.interval_coverage):
         table = np.atleast_2d(np.asarray(audit.interval_coverage, float))
-        names = ("Promised coverage", "Observed coverage")
+        names = ("Promised coverage", f"Observed coverage{'' if audit.probabilities is None else ' of the sets'}")
         rows = len(audit.y)
     else:
         if audit.probabilities is None or np.shape(audit.probabilities)[1] < 3:

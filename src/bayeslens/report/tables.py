@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 MAX_ROWS = 12
 MAX_LEARNERS = 20
 MAX_UNFAMILIAR = 10
-MAX_PREDICTED = 7  # predicted columns side by side; 30 classes have one each
-MAX_FEATURES = 4
+MAX_PREDICTED = 5  # predicted columns side by side; 30 classes have one each
+MAX_FEATURES = 3
 _LENGTH = 32
-_FLAGS = ("unfamiliarity", "unfamiliar")
+_FLAG = "unfamiliar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,8 @@ def _numbers(column: pd.Series) -> list[str]:
     if (finite == np.round(finite)).all():  # years and identifiers: no thousands separators
         return [f"{v:.0f}".replace("-", "−") if np.isfinite(v) and abs(v) < 1e15 else number(v) for v in values]
     largest = float(np.abs(finite).max())
-    decimals = _decimals(largest) or 1 if largest >= 1e-4 else None
-    return [number(v, decimals) for v in values]
+    decimals = 3 if 0.01 <= largest < 1 else (_decimals(largest) or 1) if largest >= 1e-4 else None
+    return [number(v, decimals).replace(",", "") for v in values]
 
 
 def _value(value: Any) -> str:
@@ -116,22 +116,24 @@ def first_rows(prediction: Prediction) -> Grid:
 
 
 def unfamiliar_rows(prediction: Prediction) -> Grid | None:
-    """The rows least like the training table, least familiar first; None if no column says which they are.
+    """The rows least like the training table, least familiar first; None if it is not known which they are.
 
-    With a yes-or-no column only the rows that say yes are listed; there may be none.
+    Rows are ordered by their distance from the training table, where the prediction has it; otherwise only the rows
+    whose `unfamiliar` says yes are listed, and there may be none.
     """
     frame, shown, _ = _columns(prediction)
-    present = [name for name in _FLAGS if name in list(frame.columns)]
-    if not present:
+    if prediction.unfamiliarity is not None:
+        order = np.argsort(-np.asarray(prediction.unfamiliarity), kind="stable")[:MAX_UNFAMILIAR]
+        picked = frame.iloc[order, shown].copy()
+        picked.insert(0, "distance", np.asarray(prediction.unfamiliarity)[order], allow_duplicates=True)
+        if "unfamiliar" in frame.columns:
+            picked.insert(0, "flagged", frame["unfamiliar"].to_numpy()[order], allow_duplicates=True)
+        return grid(picked)
+    if "unfamiliar" not in frame.columns:
         return None
-    column = frame.loc[:, present[0]]
-    is_flag = pd.api.types.is_bool_dtype(column)
-    score = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
-    order = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
-    order = order[score[order] > 0] if is_flag else order
-    first = [] if is_flag else [list(frame.columns).index(present[0])]
-    note = f"the first {MAX_UNFAMILIAR} of {len(order):,} such rows" if is_flag and len(order) > MAX_UNFAMILIAR else ""
-    return grid(frame.iloc[order[:MAX_UNFAMILIAR], first + [i for i in shown if i not in first]], note)
+    order = np.flatnonzero(frame["unfamiliar"].to_numpy(bool))
+    note = f"the first {MAX_UNFAMILIAR} of {len(order):,} such rows" if len(order) > MAX_UNFAMILIAR else ""
+    return grid(frame.iloc[order[:MAX_UNFAMILIAR], shown], note)
 
 
 def _columns(prediction: Prediction) -> tuple[pd.DataFrame, list[int], int]:
@@ -140,7 +142,7 @@ def _columns(prediction: Prediction) -> tuple[pd.DataFrame, list[int], int]:
     names = list(frame.columns)
     known = [str(n) for n in getattr(getattr(prediction.predictive, "table", None), "names", ())]
     ranked = list(dict.fromkeys([d.column for d in by_importance(prediction.dependence)] + known))
-    given = set(ranked) | {prediction.target, *_FLAGS}
+    given = set(ranked) | {prediction.target, _FLAG}
     target = [names.index(prediction.target)] if prediction.target in names else []
     predicted = [i for i, name in enumerate(names) if name not in given]
     features = [names.index(name) for name in ranked if name in names and name != prediction.target]
