@@ -48,7 +48,7 @@ def bayes(prior, forward):
 
 def test_finite_chains_against_brute_force():
     rng = np.random.default_rng(0)
-    prior, chain = random_rows(rng, 200, 1, 4)[:, 0], [random_rows(rng, 200, 4, n) for n in (4, 3, 5)]
+    prior = random_rows(rng, 200, 1, 4)[:, 0]
     chain = [random_rows(rng, 200, *shape) for shape in ((4, 4), (4, 3), (3, 5))]
     with jax.enable_x64(True):
         made = jax.jit(jax.vmap(finite_chain), compiler_options=QUICK)(prior, *chain)
@@ -109,32 +109,31 @@ def test_gaussian_chain_is_the_smoother(singular):
     rng = np.random.default_rng(3)
     noise = np.array([[0.3, 0.0], [0.2, 0.0 if singular else 0.4]])
     model = rng.normal(size=(2, 2)), noise @ noise.T, np.array([[1.0, 0.3]]), np.array([[0.2]])
-    start, observations = (np.array([1.0, -1.0]), np.array([[1.0, 0.2], [0.2, 0.5]])), rng.normal(size=(4, 1))
+    start, observations = (np.array([1.0, -1.0]), np.array([[1.0, 0.2], [0.2, 0.5]])), rng.normal(size=(3, 1))
     exact = smoother(*model, *start, observations)
     with jax.enable_x64(True):
         for ours, theirs in zip(smooth_by_lens(*model, *start, observations), exact, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-9)
-    for ours, theirs in zip(smooth_by_lens(*model, *start, observations), exact, strict=True):  # and in float32
-        np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
 def test_lenses_at_different_priors_do_not_compose():
     kernel = FiniteKernel([[0.5, 0.5], [0.25, 0.75]])
     first, second = (exact_lens(FiniteKernel.state(p), kernel) for p in ([0.5, 0.5], [0.1, 0.9]))
-    with pytest.raises(InputError, match="at\\(first.predictive\\)"):
+    with pytest.raises(InputError, match="not what the first lens"):
         first.then(second)
     together = first >> second.at(first.predictive)
     assert together.inverse.isclose((kernel >> kernel).invert(first.prior))
 
 
 def test_impossible_data():
-    finite = exact_lens(
-        FiniteKernel.state([1.0, 0.0]), FiniteKernel([[1.0, 0.0], [0.5, 0.5]]), FiniteKernel.identity((2,))
-    )
-    posterior, log_evidence = finite.condition(1)
+    # of sizes that other tests have compiled already
+    rows = jnp.array([[1.0, 0.0], [0.5, 0.5]])
+    posterior, log_evidence = exact_lens(
+        FiniteKernel.state([1.0, 0.0]), FiniteKernel(rows), FiniteKernel(rows)
+    ).condition(1)
     assert not posterior.probs.any() and log_evidence == -np.inf
-    copy = LinearGaussianKernel.deterministic([[1.0], [1.0]])
-    gaussian = exact_lens(LinearGaussianKernel.state([0.0], [[1.0]]), LinearGaussianKernel.identity(1), copy)
+    copy = LinearGaussianKernel([[1.0], [1.0]], [0.0, 0.0], jnp.zeros((2, 1)))
+    gaussian = exact_lens(LinearGaussianKernel([[]], [0.0], [[1.0]]), copy)
     posterior, log_evidence = gaussian.condition([0.0, 1.0])
     assert np.isnan(posterior.mean).all() and log_evidence == -np.inf
 

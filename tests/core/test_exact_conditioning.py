@@ -82,9 +82,9 @@ def test_conditions_commute():
     """Random programs in random orders, redundant conditions and wide units included, against one batch."""
     rng = np.random.default_rng(2)
     for _ in range(50):
-        rows = rng.normal(size=(5, 6)) * 10.0 ** rng.integers(-4, 5, size=(5, 1))
-        rows[3] = rows[0] - 2 * rows[1]  # says nothing new
-        rows[4] = 3 * rows[2]
+        rows = rng.normal(size=(5, 6))
+        rows[3], rows[4] = rows[0] - 2 * rows[1], 3 * rows[2]  # these say nothing new
+        rows *= 10.0 ** rng.integers(-4, 5, size=(5, 1))
         offsets, target = rows @ rng.normal(size=6), rng.normal(size=(3, 6))
         first = conditions_in_order(range(5), rows, offsets, target)
         basis = np.linalg.svd(rows[:3] / np.linalg.norm(rows[:3], axis=1, keepdims=True), full_matrices=False)[2]
@@ -115,7 +115,7 @@ def test_zero_variances():
     def constants(machine):
         x = machine.normal(2.0, 0.0)
         machine.condition(x, 2.0)
-        machine.condition(0.1 + 0.2, 0.3)  # equal up to rounding
+        machine.condition(x + 0.1 + 0.2 - x, 0.3)  # equal up to rounding
         return x
 
     assert run(constants) == (2.0, 0.0, 0.0)

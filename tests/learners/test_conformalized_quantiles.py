@@ -68,8 +68,8 @@ def test_weights_move_the_shifts_to_heavier_rows() -> None:
     equal = _shifts(raw, y, levels, np.full(19, 7.0))
     np.testing.assert_array_equal(equal, _shifts(raw, y, levels, np.ones(19)))
     heavy = _shifts(raw, y, levels, np.where(y == 4, 100.0, 1.0))
-    # Row 4 holds 100 of 118 parts of the weight, and the new row 118/19 more.
-    np.testing.assert_array_equal(heavy, [4.0, 4.0, 4.0])
+    # With the new row's 118/19 the parts are 124.2: 0.9 of them are 3 + 100 + 9 rows from below, 15 + 100 from above.
+    np.testing.assert_array_equal(heavy, [4.0, 4.0, 13.0])
 
 
 def test_quantiles_that_cross_move_outwards_only() -> None:

@@ -14,6 +14,7 @@ _PUBLIC = {
     "LinearGaussianKernel": "linear_gaussian",
     "Members": "mixture",
     "Mixture": "mixture",
+    "Posterior": "posterior",
     "Predictive": "learner",
     "QuantileDistribution": "transformed",
     "Recalibrated": "transformed",

@@ -52,8 +52,11 @@ class Affine:
 
     __array_ufunc__ = None  # NumPy leaves `array + affine` and `array @ affine` to this class
 
-    def __init__(self, coefficients: Any, offset: Any):
+    def __init__(self, coefficients: Any, offset: Any, *, spread: Any = None, magnitude: Any = None):
         self.coefficients, self.offset = np.asarray(coefficients, float), np.asarray(offset, float)
+        # The sizes that coefficients and offset had before anything cancelled: rounding errors are relative to these.
+        self._spread = np.linalg.norm(self.coefficients, axis=-1) if spread is None else np.asarray(spread)
+        self._magnitude = np.abs(self.offset) if magnitude is None else np.asarray(magnitude)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,12 +68,17 @@ class Affine:
         width = max(self.coefficients.shape[-1], other.coefficients.shape[-1])
         shape = np.broadcast_shapes(self.shape, other.shape)
         terms = [np.broadcast_to(_pad(a, width), (*shape, width)) for a in (self, other)]
-        return Affine(terms[0] + terms[1], self.offset + other.offset)
+        return Affine(
+            terms[0] + terms[1],
+            self.offset + other.offset,
+            spread=np.hypot(self._spread, other._spread),
+            magnitude=self._magnitude + other._magnitude,
+        )
 
     __radd__ = __add__
 
     def __neg__(self) -> Affine:
-        return Affine(-self.coefficients, -self.offset)
+        return self * -1.0
 
     def __sub__(self, other: Any) -> Affine:
         return self + (-_affine(other))
@@ -80,7 +88,13 @@ class Affine:
 
     def __mul__(self, other: Any) -> Affine:
         factor = _number(other, "multiply")
-        return Affine(self.coefficients * factor[..., None], self.offset * factor)
+        size = np.abs(factor)
+        return Affine(
+            self.coefficients * factor[..., None],
+            self.offset * factor,
+            spread=self._spread * size,
+            magnitude=self._magnitude * size,
+        )
 
     __rmul__ = __mul__
 
@@ -89,10 +103,21 @@ class Affine:
 
     def __rmatmul__(self, matrix: Any) -> Affine:
         matrix = _number(matrix, "multiply")
-        return Affine(np.tensordot(matrix, self.coefficients, (-1, 0)), matrix @ self.offset)
+        size = np.abs(matrix)
+        return Affine(
+            np.tensordot(matrix, self.coefficients, (-1, 0)),
+            matrix @ self.offset,
+            spread=size @ self._spread,
+            magnitude=size @ self._magnitude,
+        )
 
     def __getitem__(self, index: Any) -> Affine:
-        return Affine(self.coefficients[index], self.offset[index])
+        return Affine(
+            self.coefficients[index],
+            self.offset[index],
+            spread=self._spread[index],
+            magnitude=self._magnitude[index],
+        )
 
 
 class ExactPosterior(NamedTuple):
@@ -156,10 +181,8 @@ class Machine:
             InputError: what was drawn and conditioned before rules this out.
         """
         difference = _affine(left) - right
-        rows, offsets = _pad(difference, self._point.size).reshape(-1, self._point.size), difference.offset.ravel()
-        for row, offset in zip(rows, offsets, strict=True):
-            self._conditions.append(Affine(row, offset))
-            self._hold(row, offset)
+        for index in np.ndindex(difference.shape):
+            self._hold(difference[index])
 
     def posterior(self, value: Affine) -> ExactPosterior:
         """What is known about a random variable now.
@@ -174,13 +197,16 @@ class Machine:
         covariance = (flat @ flat.T).reshape(value.shape * 2)
         return ExactPosterior(rows @ self._point + value.offset, covariance, self._log_evidence())
 
-    def _hold(self, row: np.ndarray, offset: float) -> None:
-        """Restrict z to row @ z + offset = 0."""
-        along, size = self._free @ row, np.linalg.norm(row)
-        missing = -(row @ self._point + offset)
+    def _hold(self, difference: Affine) -> None:
+        """Restrict z to the hyperplane on which a random number vanishes."""
+        self._conditions.append(difference)
+        row = _pad(difference, self._point.size)
+        missing = -(row @ self._point + difference.offset)
+        along = self._free @ row
         length = np.linalg.norm(along)
-        if length <= _TOLERANCE * size:  # nothing random is left: the equality holds or it does not
-            if abs(missing) > _TOLERANCE * (abs(offset) + size + np.abs(row) @ np.abs(self._point)):
+        if length <= _TOLERANCE * difference._spread:  # nothing random is left: the equality holds or it does not
+            size = difference._magnitude + difference._spread * (1 + np.linalg.norm(self._point))
+            if abs(missing) > _TOLERANCE * size:
                 raise InputError(
                     f"a condition has no support: its sides always differ by {abs(missing):.6g}; "
                     "add noise to one side, or drop the condition"
@@ -197,8 +223,7 @@ class Machine:
             return 0.0
         rows = np.stack([_pad(c, self._point.size) for c in self._conditions])
         offsets = np.array([float(c.offset) for c in self._conditions])
-        sizes = np.linalg.norm(rows, axis=1)
-        sizes[sizes == 0] = 1
+        sizes = np.array([c._spread if c._spread > 0 else 1.0 for c in self._conditions])
         basis, singular, _ = np.linalg.svd(rows / sizes[:, None], full_matrices=False)
         kept = singular > _TOLERANCE
         basis, singular = basis[:, kept], singular[kept]

@@ -24,6 +24,7 @@ _IDENTIFIER_NAME = re.compile(
 _DATE_TEXT = re.compile(
     r"^\s*\d{4}[-/]\d{1,2}[-/]\d{1,2}([T\s]\d{1,2}:\d{2}.*)?\s*$|^\s*\d{1,2}[-/.]\d{1,2}[-/.]\d{4}\s*$"
 )
+_DAY_OR_MONTH_FIRST = re.compile(r"^\s*(\d{1,2})([-/.])\d{1,2}[-/.]\d{4}")
 _DATE_PARTS = ("days", "day_of_year", "weekday", "hour")
 
 
@@ -31,7 +32,8 @@ class Column(eqx.Module):
     """One column of a table as it was seen in training.
 
     `kind` is `numeric`, `categorical`, `date` or `dropped` (then `reason` says why). `centers` and `scales` have
-    one entry per numeric feature; `categories` are the texts of known categories, most frequent first.
+    one entry per numeric feature; `categories` are the texts of known categories, most frequent first; `day_first`
+    says how 05/01/2024 is read.
     """
 
     name: str = eqx.field(static=True)
@@ -41,6 +43,7 @@ class Column(eqx.Module):
     has_missing: bool = eqx.field(static=True, default=False)
     centers: tuple[float, ...] = eqx.field(static=True, default=())
     scales: tuple[float, ...] = eqx.field(static=True, default=())
+    day_first: bool = eqx.field(static=True, default=False)
 
     @property
     def num_features(self) -> int:
@@ -82,7 +85,8 @@ class Table(eqx.Module):
             frame, weights = frame[weights > 0], weights[weights > 0]
         if 0 in frame.shape:
             raise InputError(f"the table has no {'rows' if frame.shape[0] == 0 else 'columns'}")
-        repeated = frame.columns[frame.columns.duplicated()].unique().tolist()
+        names = frame.columns.map(str)
+        repeated = names[names.duplicated()].unique().tolist()
         if repeated:
             raise InputError(f"duplicate column names {repeated}: rename them so that each name stands once")
         columns = tuple(_look_at(str(name), frame[name], weights, is_array) for name in frame.columns)
@@ -165,6 +169,9 @@ class Table(eqx.Module):
             array = np.asarray(data, np.float64)
             if array.ndim != 2 or array.shape[1] != len(self.columns):
                 self.check(data)
+            if np.isinf(array).any():
+                number = int(np.isinf(array).any(0).argmax())
+                raise InputError(f"column {number} holds infinity values: replace them by missing values")
             return array[:, [i for i, c in enumerate(self.columns) if c.num_features]]
         frame = self.check(data)
         blocks = [_tree_features(c, frame[c.name]) for c in self.columns if c.num_features]
@@ -215,17 +222,27 @@ def _numbers(series: pd.Series) -> np.ndarray:
     return pd.to_numeric(series, errors="coerce").to_numpy(np.float64, na_value=np.nan)
 
 
-def _dates(series: pd.Series) -> pd.Series:
+def _dates(series: pd.Series, day_first: bool) -> pd.Series:
     if not pd.api.types.is_datetime64_any_dtype(series):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            series = pd.to_datetime(series, errors="coerce", utc=True, format="mixed")
+            series = pd.to_datetime(series, errors="coerce", utc=True, format="mixed", dayfirst=day_first)
     return series.dt.tz_localize(None) if getattr(series.dt, "tz", None) is not None else series
+
+
+def _is_day_first(present: pd.Series) -> bool:
+    """Whether dates such as 05.01.2024 start with the day: with points they do, else if a first number exceeds 12."""
+    if pd.api.types.is_datetime64_any_dtype(present):
+        return False
+    parts = present.astype(str).str.extract(_DAY_OR_MONTH_FIRST)
+    return bool((parts[1] == ".").any() or (pd.to_numeric(parts[0]) > 12).any())
 
 
 def _texts(series: pd.Series) -> pd.Series:
     """Categories as text; whole numbers lose their decimal point, so that 1 and 1.0 are one category."""
     missing = series.isna()
+    if isinstance(series.dtype, pd.CategoricalDtype):
+        series = pd.Series(np.asarray(series), series.index)
     if pd.api.types.is_float_dtype(series) and (series.dropna() == series.dropna().round()).all():
         series = series.astype("Int64")
     return series.astype(str).where(~missing, None)
@@ -243,11 +260,13 @@ def _look_at(name: str, series: pd.Series, weights: np.ndarray, is_array: bool) 
     if kind == "numeric":
         return _look_at_numbers(name, series, weights, is_array)
     if kind == "date":
-        features = _date_features(_dates(series))
+        day_first = _is_day_first(present)
+        features = _date_features(_dates(series, day_first))
         if not np.isfinite(features[:, 0]).any():
             return Column(name, "dropped", "no date could be read; not used")
         has_missing = bool(np.isnan(features[:, 0]).any())
-        return Column(name, "date", has_missing=has_missing, **_centers_and_scales(features, weights))
+        moments = _centers_and_scales(features, weights)
+        return Column(name, "date", has_missing=has_missing, day_first=day_first, **moments)
     texts = _texts(series)
     counts = pd.Series(weights).groupby(texts.to_numpy()).sum()
     if len(counts) == 1 and not texts.isna().any():
@@ -328,7 +347,7 @@ def _tree_features(column: Column, series: pd.Series) -> np.ndarray:
             raise InputError(f"column {column.name!r} holds {infinite} infinity values: replace them by missing values")
         return values[:, None]
     if column.kind == "date":
-        return _date_features(_dates(series))
+        return _date_features(_dates(series, column.day_first))
     codes = pd.Index(column.categories).get_indexer(_texts(series)).astype(np.float64)
     return np.where(codes < 0, np.nan, codes)[:, None]
 
@@ -446,7 +465,8 @@ def rounding_step(values: Sequence[float]) -> float | None:
         return 1.0 if len(distinct) > 1 and (distinct == np.round(distinct)).all() else None
     for step in (1.0, 0.5, 0.25, 0.1, 0.05, 0.01, 0.005, 0.001):
         scaled = distinct / step
-        if np.allclose(scaled, np.round(scaled), rtol=0, atol=1e-6 * max(1.0, abs(scaled).max())):
+        # Room for float32, but for no more than a hundredth of a step.
+        if np.allclose(scaled, np.round(scaled), rtol=0, atol=min(1e-6 * max(1.0, abs(scaled).max()), 0.01)):
             # A lattice matters only when values share cells: few repeats on a fine lattice are chance.
             return step if step == 1.0 or len(distinct) < 0.9 * len(values) else None
     return None

@@ -90,8 +90,7 @@ class Covariance(eqx.Module):
         """Covariances between rows of `x` and of `z`, shape (rows of x, rows of z)."""
         if not isinstance(x, jax.Array) and not isinstance(z, jax.Array):
             return covariance_terms(self, x, z).total
-        lengths = jnp.asarray(self.lengths)
-        xs, zs = x / lengths, z / lengths
+        xs, zs = x / jnp.asarray(self.lengths), z / jnp.asarray(self.lengths)
         square = jnp.square(xs).sum(1)[:, None] + jnp.square(zs).sum(1) - 2 * xs @ zs.T
         apart = square > 1e-12  # the square root has no derivative at zero, the covariance has
         a = jnp.where(apart, jnp.sqrt(5 * jnp.where(apart, square, 1.0)), 0.0)
@@ -116,11 +115,9 @@ class CovarianceTerms(eqx.Module):
     def pull_back(self, weights: Float[np.ndarray, "left right"], groups: Int[np.ndarray, " inputs"]) -> np.ndarray:
         """Gradient of sum(weights * total) in the log length scales, log smooth and log linear."""
         sloped = weights * self.slope
-        by_input = (
-            np.square(self.left).T @ sloped.sum(1)
-            + np.square(self.right).T @ sloped.sum(0)
-            - 2 * (self.left * (sloped @ self.right)).sum(0)
-        ) / np.square(self.covariance.lengths)
+        by_input = np.square(self.left).T @ sloped.sum(1) + np.square(self.right).T @ sloped.sum(0)
+        by_input -= 2 * (self.left * (sloped @ self.right)).sum(0)
+        by_input /= np.square(self.covariance.lengths)
         lengths = np.bincount(groups, by_input, minlength=int(groups.max(initial=-1)) + 1)
         linear = self.covariance.linear**2 / max(len(groups), 1) * np.vdot(self.left, weights @ self.right)
         return np.append(lengths, [2 * np.vdot(weights, self.matern), 2 * linear])
@@ -373,7 +370,7 @@ class GaussianProcess(Learner):
     `max_exact_rows` rows the posterior of the function is exact; beyond, it is Titsias's variational one.
 
     Args:
-        max_exact_rows: 2000 rows take about ten seconds on two cores; the time grows with the third power.
+        max_exact_rows: 2000 rows take about ten seconds; the time grows with the third power.
         num_inducing: inducing points, used above `max_exact_rows`; 256 follow most functions of ten features.
         num_draws: draws of the hyperparameters; 8 are within 0.05 nats of 16. With 1, the most probable ones are used
             and marginals are Normal.

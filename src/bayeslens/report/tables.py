@@ -132,7 +132,7 @@ def unfamiliar_rows(prediction: Prediction) -> Grid | None:
     if "unfamiliar" not in frame.columns:
         return None
     order = np.flatnonzero(frame["unfamiliar"].to_numpy(bool))
-    note = f"the first {MAX_UNFAMILIAR} of {len(order):,} such rows" if len(order) > MAX_UNFAMILIAR else ""
+    note = f"{len(order) - MAX_UNFAMILIAR:,} more such rows" if len(order) > MAX_UNFAMILIAR else ""
     return grid(frame.iloc[order[:MAX_UNFAMILIAR], shown], note)
 
 

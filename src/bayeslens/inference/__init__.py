@@ -1,0 +1,14 @@
+"""Engines: ways to invert a model."""
+
+from __future__ import annotations
+
+import importlib
+
+_PUBLIC = {"infer": "nuts"}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"bayeslens.inference.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

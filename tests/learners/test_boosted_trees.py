@@ -1,0 +1,123 @@
+"""Exported trees: equal to LightGBM's own predictions, on the host and traced, whatever is missing or unknown."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import lightgbm as lgb
+import numpy as np
+import pytest
+
+from bayeslens.core.errors import InputError
+from bayeslens.core.saving import load, save
+from bayeslens.learners.boosted_trees import export_trees
+
+SETTINGS = {"verbose": -1, "num_threads": 1, "min_data_in_leaf": 5, "seed": 1}
+
+
+def features(rows=1500, seed=0):
+    """Five columns: numbers, numbers with gaps, whole numbers, many categories, three categories."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 5)).astype(np.float32)
+    x[rng.random(rows) < 0.2, 1] = np.nan
+    x[:, 2] = np.round(4 * x[:, 2])
+    x[:, 3], x[:, 4] = rng.integers(0, 70, rows), rng.integers(0, 3, rows)
+    x[rng.random(rows) < 0.1, 3] = np.nan
+    return x
+
+
+def grow(x, outputs, rounds, **settings):
+    signal = np.nan_to_num(x[:, 1]) + np.sin(2 * x[:, 0]) + np.nan_to_num(x[:, 3]) % 7 + x[:, 2] * (x[:, 4] == 1)
+    targets = np.stack([signal * (k + 1) + k for k in range(outputs)], 1)
+
+    def objective(predicted, data):
+        slope = predicted.reshape(len(x), outputs) - targets
+        return (slope, np.ones_like(slope)) if outputs > 1 else (slope[:, 0], np.ones(len(x)))
+
+    data = lgb.Dataset(x, categorical_feature=[3, 4], params={"verbose": -1})
+    return lgb.train(SETTINGS | {"objective": objective, "num_class": outputs} | settings, data, rounds)
+
+
+def own(booster, x, outputs):
+    return booster.predict(x, raw_score=True).reshape(len(x), outputs)
+
+
+# 70 leaves need nine bytes, 2 need one; three outputs are not a divisor of anything.
+@pytest.mark.parametrize(("outputs", "leaves", "rounds"), [(1, 8, 40), (2, 31, 15), (3, 2, 30), (1, 70, 10)])
+def test_equals_lightgbm(outputs, leaves, rounds):
+    booster = grow(features(), outputs, rounds, num_leaves=leaves)
+    trees = export_trees(booster, outputs, rounds)
+    new = features(900, seed=1)
+    new[:50, 3], new[50:80, 3], new[80:90, 3] = 999, -4, 70  # categories that were never seen
+    new[90:99, 0] = [1e30, -1e30, 0.0, -0.0, 1e-38, -1e-38, 5e3, -5e3, 3.4e38]
+    exact = own(booster, new, outputs)
+    np.testing.assert_allclose(trees(new), exact, atol=1e-6, rtol=0)
+    traced = jax.jit(lambda a: trees(a))(jnp.asarray(new))
+    # The traced sum is in float32.
+    np.testing.assert_allclose(traced, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_equals_lightgbm_on_the_very_thresholds():
+    x = np.round(features(), 1).astype(np.float32)
+    booster = grow(x, 1, 30)
+    trees = export_trees(booster, 1, 30)
+    edges = np.unique(trees.threshold[trees.category_set < 0])
+    edges = edges[np.abs(edges) > 1e-30]  # LightGBM takes what is nearer to zero for zero
+    around = np.concatenate([edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-np.inf))])
+    new = np.repeat(x[:1], len(around), 0)
+    for column in (0, 1, 2):
+        new[:, column] = around
+        np.testing.assert_allclose(trees(new), own(booster, new, 1), atol=1e-6, rtol=0)
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    x = features(9000)  # more than one chunk
+    trees = export_trees(grow(x, 2, 5), 2, 5)
+    whole = trees(x)
+    for part in (slice(0, 1), slice(4090, 4100), slice(8999, 9000)):
+        np.testing.assert_array_equal(trees(x[part]), whole[part])
+    assert trees(x[:0]).shape == (0, 2)
+
+
+def test_missing_only_at_prediction_is_zero_as_in_lightgbm():
+    x = features()
+    booster = grow(x, 1, 20)
+    new = x.copy()
+    new[:, 0] = np.nan  # without a gap in training
+    zero = x.copy()
+    zero[:, 0] = 0
+    found = export_trees(booster, 1, 20)(new)
+    np.testing.assert_allclose(found, own(booster, new, 1), atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(found, export_trees(booster, 1, 20)(zero))
+
+
+def test_rounds_can_be_left_out():
+    x = features()
+    booster = grow(x, 2, 12)
+    assert export_trees(booster, 2, 5).values.shape[0] == 10
+    np.testing.assert_allclose(export_trees(booster, 2, 5)(x), booster.predict(x, raw_score=True, num_iteration=5))
+    nothing = export_trees(booster, 2, 0)
+    assert nothing(x).shape == (len(x), 2) and not nothing(x).any()
+    np.testing.assert_array_equal(jax.jit(lambda a: nothing(a))(jnp.asarray(x)), 0)
+
+
+def test_trees_without_splits():
+    x = features(30)
+    settings = SETTINGS | {"min_data_in_leaf": 20, "objective": lambda p, d: (np.ones(30), np.ones(30))}
+    trees = export_trees(lgb.train(settings, lgb.Dataset(x, params={"verbose": -1}), 3), 1, 3)
+    np.testing.assert_array_equal(trees(x), 0)
+    np.testing.assert_array_equal(jax.jit(lambda a: trees(a))(jnp.asarray(x)), 0)
+
+
+def test_linear_leaves_are_refused():
+    x = features(200)[:, :1]
+    booster = lgb.train(SETTINGS | {"linear_tree": True}, lgb.Dataset(x, x[:, 0], params={"linear_tree": True}), 2)
+    with pytest.raises(InputError, match="linear"):
+        export_trees(booster, 1, 2)
+
+
+def test_saving_keeps_every_tree(tmp_path):
+    x = features()
+    trees = export_trees(grow(x, 2, 6), 2, 6)
+    save(trees, tmp_path / "trees.bayes")
+    np.testing.assert_array_equal(load(tmp_path / "trees.bayes")(x), trees(x))
