@@ -32,12 +32,13 @@ def test_map_is_increasing_from_zero_to_one(rows):
 
 
 def test_recalibration_makes_pit_uniform():
-    """Predictions half as wide as they should be; Kolmogorov-Smirnov, false alarm rate 1e-4 plus the map's error."""
+    """Predictions three quarters as wide as they should be. A KS statistic of 0.03 has a false alarm rate of 1e-3;
+    the map of 17 knots is held to that."""
     y = RNG.normal(size=8000)
-    narrow = dist.Normal(np.zeros(4000), 0.5)
+    narrow = dist.Normal(np.zeros(4000), 0.75)
     moved = QuantileMap.fit(cdf(narrow, y[:4000]))
     before, after = st.kstest(cdf(narrow, y[4000:]), "uniform"), st.kstest(cdf(moved(narrow), y[4000:]), "uniform")
-    assert before.pvalue < 1e-10 and after.statistic < 0.04
+    assert before.pvalue < 1e-10 and after.statistic < 0.03
     gain = log_prob(moved(narrow), y[4000:]).mean() - log_prob(narrow, y[4000:]).mean()
     # The truth gains this much; the map recovers most of it.
     best = -st.norm.entropy() - log_prob(narrow, y[4000:]).mean()

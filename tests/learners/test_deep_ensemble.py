@@ -144,7 +144,7 @@ def test_categories_and_missing_values() -> None:
 
 @pytest.mark.parametrize("y", [np.arange(10.0) ** 1.5, np.array(["a", "b"] * 5)])
 def test_ten_rows(y: np.ndarray) -> None:
-    predictive: Distribution = DeepEnsemble().fit(X[:10], y, key=jax.random.key(0))(X[:1000])
+    predictive: Distribution = SMALL.fit(X[:10], y, key=jax.random.key(0))(X[:1000])
     variance = predictive.variance if y.dtype.kind == "f" else predictive.probs
     assert np.isfinite(variance).all()
 

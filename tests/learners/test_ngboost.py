@@ -247,7 +247,7 @@ def test_small_tables_and_traced_calls():
         ({"distribution": "poisson"}, [1.0, -2.0, 3.0], {}, "whole"),
         ({"distribution": "poisson"}, [1.0, 2.5, 3.0], {}, "whole"),
         ({"distribution": "lognormal"}, [1.0, 0.0, 3.0], {}, "positive"),
-        ({"score": "crps", "distribution": "poisson"}, [1.0, 2.0, 3.0], {}, "crps"),
+        ({"scoring_rule": "crps", "distribution": "poisson"}, [1.0, 2.0, 3.0], {}, "crps"),
         ({}, [1.0, np.nan, 3.0], {}, "NaN"),
         ({}, [1.0, 2.0, 3.0], {"offset": [0.0, 0.0, 0.0]}, "exposure"),
         ({"distribution": "poisson"}, [1.0, 2.0, 3.0], {"censored": [True, False, False]}, "censored"),

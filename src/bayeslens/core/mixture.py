@@ -210,7 +210,10 @@ def mix_members(distribution: Distribution, weights: Float[Array, " members"]) -
         edges = np.cumsum([0, *(g.batch_shape[0] for g in distribution.groups)])
         shares = [weights[a:b] for a, b in itertools.pairwise(edges)]
         # A group may weigh nothing.
-        mixed = [mix_members(g, w / backend(w).maximum(w.sum(), 1e-30)) for g, w in zip(distribution.groups, shares, strict=True)]
+        mixed = [
+            mix_members(g, w / backend(w).maximum(w.sum(), 1e-30))
+            for g, w in zip(distribution.groups, shares, strict=True)
+        ]
         return mix(mixed, np.array([w.sum() for w in shares]))
     if distribution.batch_shape[0] == 1:
         return put_together(jax.tree.map(lambda a: a[0], take_apart(distribution)))

@@ -79,8 +79,8 @@ class ParametricKernel(eqx.Module):
     ) -> Float[Array, ""]:
         """Log density of y: the likelihoods of the layers, integrated over what passes between them.
 
-        The integrals use Gauss-Hermite quadrature in the noise of the inner layers: exact for affine maps up to
-        rounding once there are enough nodes, and very accurate for smooth ones.
+        The integrals use Gauss-Hermite quadrature in the noise of the inner layers. It converges fast where the next
+        layers change slowly over one standard deviation of noise; raise `nodes` until nothing changes.
 
         Args:
             parameters: a tuple with an entry for each layer.

@@ -57,7 +57,7 @@ def crps_loss(distribution: Distribution, y: Any) -> Float[np.ndarray, " rows"]:
         return scale * (z * (2 * ndtr(z) - 1) + 2 * _density(z) - 1 / np.sqrt(np.pi))
     if isinstance(d, dist.LogNormal):
         loc, scale = np.asarray(d.loc), np.asarray(d.scale)
-        z = (np.log(y) - loc) / scale
+        z = (np.log(np.maximum(y, 1e-300)) - loc) / scale  # below the support everything lies above y
         factor = 2 * np.exp(loc + scale**2 / 2)
         return y * (2 * ndtr(z) - 1) - factor * (ndtr(z - scale) + ndtr(scale / np.sqrt(2)) - 1)
     if isinstance(d, dist.Laplace):

@@ -14,25 +14,20 @@ _PUBLIC = {
     "GaussianProcess": "gaussian_process",
     "NGBoost": "ngboost",
     "Stacking": "stacking",
+    "AutoClassifier": "scikit",
+    "AutoRegressor": "scikit",
+    "BayesianLinearRegressor": "scikit",
+    "BayesianLogisticClassifier": "scikit",
+    "ConformalizedQuantilesRegressor": "scikit",
+    "DeepEnsembleClassifier": "scikit",
+    "DeepEnsembleRegressor": "scikit",
+    "GaussianProcessRegressor": "scikit",
+    "NGBoostClassifier": "scikit",
+    "NGBoostRegressor": "scikit",
+    "StackingClassifier": "scikit",
+    "StackingRegressor": "scikit",
+    "make_estimator": "scikit",
 }
-_PUBLIC |= dict.fromkeys(
-    (
-        "AutoClassifier",
-        "AutoRegressor",
-        "BayesianLinearRegressor",
-        "BayesianLogisticClassifier",
-        "ConformalizedQuantilesRegressor",
-        "DeepEnsembleClassifier",
-        "DeepEnsembleRegressor",
-        "GaussianProcessRegressor",
-        "NGBoostClassifier",
-        "NGBoostRegressor",
-        "StackingClassifier",
-        "StackingRegressor",
-        "make_estimator",
-    ),
-    "scikit",
-)
 # Names for `--learner`: the class for each task, and its settings.
 LEARNERS: dict[str, dict[str, tuple[str, dict]]] = {
     "linear": {"regression": ("BayesianLinearRegression", {}), "classification": ("BayesianLogisticRegression", {})},

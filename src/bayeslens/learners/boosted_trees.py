@@ -184,7 +184,7 @@ def export_trees(booster: Any, num_outputs: int, num_rounds: int) -> BoostedTree
     As in LightGBM, a feature that had no missing value in training takes one for zero.
 
     Args:
-        booster: a `lightgbm.Booster` without linear leaves.
+        booster: a `lightgbm.Booster` without linear leaves; None when no feature could be split.
         num_outputs: trees of a round.
         num_rounds: rounds to keep, from the first; at most those that were grown.
 
@@ -198,7 +198,8 @@ def export_trees(booster: Any, num_outputs: int, num_rounds: int) -> BoostedTree
     >>> bool(np.allclose(export_trees(booster, 1, 3)(x)[:, 0], booster.predict(x), atol=1e-6))
     True
     """
-    text = booster.model_to_string(num_iteration=num_rounds, importance_type="split") if num_rounds > 0 else ""
+    grown = booster is not None and num_rounds > 0
+    text = booster.model_to_string(num_iteration=num_rounds, importance_type="split") if grown else ""
     blocks = [dict(line.split("=", 1) for line in b.splitlines() if "=" in line) for b in text.split("\nTree=")[1:]]
     count = len(blocks)
     leaves = max((int(b["num_leaves"]) for b in blocks), default=1)

@@ -168,7 +168,9 @@ class LinearPredictive(Predictive):
         """Gauss-Hermite nodes of the regression function's posterior, each with Student t noise."""
         xp = jnp if isinstance(x, jax.Array) else np
         location, spread = self._location_and_spread(x)
-        deviation = self.noise_scale * xp.sqrt(spread)
+        # Of the regression function's Student t, so that the members' variance is that of the marginals.
+        inflation = self.degrees / max(self.degrees - 2, 1.0)
+        deviation = self.noise_scale * xp.sqrt(inflation * spread)
         locations = location + _NODES[:, None] * deviation
         noise = xp.full_like(locations, self.noise_scale)
         members = build(dist.StudentT, df=xp.full_like(locations, self.degrees), loc=locations, scale=noise)

@@ -46,7 +46,7 @@ class NGBoost(Learner):
     Args:
         distribution: `auto` (Normal; Bernoulli or Categorical for classes; multivariate Normal for several targets),
             or a name of `ngboost_families`.
-        score: `log` or `crps` (normal and laplace).
+        scoring_rule: `log` or `crps` (normal and laplace).
         num_trees: rounds at most. 500 at this learning rate suffice for most tables.
         learning_rate: shrinkage of every round; 0.05.
         num_leaves: of a tree; 8, which is about the default depth of the paper.
@@ -65,7 +65,7 @@ class NGBoost(Learner):
     """
 
     distribution: str = "auto"
-    score: str = "log"
+    scoring_rule: str = "log"
     num_trees: int = 500
     learning_rate: float = 0.05
     num_leaves: int = 8
@@ -105,7 +105,7 @@ class NGBoost(Learner):
         values, classes = self._targets(y)
         family = family_of(
             self.distribution,
-            score=self.score,
+            score=self.scoring_rule,
             classes=None if classes is None else len(classes),
             targets=values.shape[1] if values.ndim == 2 else 1,
         )
@@ -130,7 +130,7 @@ class NGBoost(Learner):
         start = start + shift
         trees = export_trees(booster, len(start), max(rounds, 1))
         shape = values.shape[1] if values.ndim == 2 else 1
-        return NGBoostPredictive(table, trees, start, self.distribution, self.score, shape, classes)
+        return NGBoostPredictive(table, trees, start, self.distribution, self.scoring_rule, shape, classes)
 
     def _targets(self, y: Any) -> tuple[np.ndarray, tuple | None]:
         if np.ndim(y) == 2 and np.shape(y)[1] > 1:
@@ -256,7 +256,7 @@ class NGBoostPredictive(Predictive):
     trees: BoostedTrees
     start: Float[np.ndarray, " parameters"]
     distribution: str = eqx.field(static=True)
-    score: str = eqx.field(static=True)
+    scoring_rule: str = eqx.field(static=True)
     num_targets: int = eqx.field(static=True)
     classes: tuple | None = None
 
@@ -268,7 +268,7 @@ class NGBoostPredictive(Predictive):
     def __call__(self, x: Any) -> Distribution:
         """The boosted distribution of every row; for counts, of one unit of exposure."""
         classes = None if self.classes is None else len(self.classes)
-        family = family_of(self.distribution, score=self.score, classes=classes, targets=self.num_targets)
+        family = family_of(self.distribution, score=self.scoring_rule, classes=classes, targets=self.num_targets)
         return family.distribution(self.parameters(x))
 
     def members(self, x: Any) -> tuple[Distribution, np.ndarray]:

@@ -109,10 +109,8 @@ def make_estimator(learner_class: type, task: str, name: str, *, module: str | N
         "__sklearn_tags__": __sklearn_tags__,
         "_learner_class": learner_class,
         "_task": task,
-        "fit": _fit_with_weights if weighted else _fit,
-        "predict": _predict,
-        "predict_dist": _predict_dist,
-        **(_REGRESSOR_METHODS if task == "regression" else _CLASSIFIER_METHODS),
+        **_METHODS["weighted" if weighted else "unweighted"],
+        **_METHODS[task],
     }
     estimator = type(name, (mixin, BaseEstimator), namespace)
     return estimator
@@ -275,5 +273,17 @@ def _check_coverage(coverage: float) -> None:
         raise InputError(f"coverage must lie strictly between 0 and 1, got {coverage}")
 
 
-_REGRESSOR_METHODS = {"predict_interval": _predict_interval, "predict_quantile": _predict_quantile}
-_CLASSIFIER_METHODS = {"predict_proba": _predict_proba, "predict_set": _predict_set}
+def _methods(**functions: Any) -> dict[str, Any]:
+    """The functions under their public names, by which scikit-learn's scorers and pickle look them up."""
+    for name, function in functions.items():
+        function.__name__ = function.__qualname__ = name
+    return functions
+
+
+_COMMON = _methods(predict=_predict, predict_dist=_predict_dist)
+_METHODS = {
+    "weighted": _methods(fit=_fit_with_weights) | _COMMON,
+    "unweighted": _methods(fit=_fit) | _COMMON,
+    "regression": _methods(predict_interval=_predict_interval, predict_quantile=_predict_quantile),
+    "classification": _methods(predict_proba=_predict_proba, predict_set=_predict_set),
+}

@@ -64,6 +64,7 @@ def folds(
     rows = len(target.values)
     if rows < 3:
         raise InputError(f"{rows} rows are too few to cross-validate: at least 3 are needed")
+    num_folds = min(num_folds, rows)
     if rows > _ONE_SPLIT_ROWS:
         share = min(0.2, _HELD_OUT_ROWS / rows)
         return [holdout_rows(rows, seed=seed, target=target, groups=groups, time=time, share=share)]
@@ -82,7 +83,7 @@ def folds(
     labels = _stratify(target, num_folds)
     if labels is not None:
         return list(StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(labels, labels))
-    return list(KFold(min(num_folds, rows), shuffle=True, random_state=seed).split(np.zeros(rows)))
+    return list(KFold(num_folds, shuffle=True, random_state=seed).split(np.zeros(rows)))
 
 
 def _order(time: Any, rows: int) -> np.ndarray:
