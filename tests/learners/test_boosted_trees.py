@@ -101,12 +101,27 @@ def test_rounds_can_be_left_out():
     np.testing.assert_array_equal(jax.jit(lambda a: nothing(a))(jnp.asarray(x)), 0)
 
 
+# Small tables give trees of many sizes, from a lone leaf on.
+@pytest.mark.parametrize("rows", [21, 40, 101, 300])
+@pytest.mark.parametrize("leaves", [8, 31])
+def test_trees_of_different_sizes(rows, leaves):
+    x = features(rows)
+    booster = grow(x, 2, 40, num_leaves=leaves, min_data_in_leaf=10, bagging_fraction=0.5, bagging_freq=1)
+    trees = export_trees(booster, 2, 40)
+    sizes = {(a.any(0)).sum() for a in trees.leaves_if_left | trees.leaves_if_right}
+    assert len(sizes) > 1 or rows == 21
+    exact = own(booster, x, 2)
+    np.testing.assert_allclose(trees(x), exact, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(jax.jit(lambda a: trees(a))(jnp.asarray(x)), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_trees_without_splits():
     x = features(30)
-    settings = SETTINGS | {"min_data_in_leaf": 20, "objective": lambda p, d: (np.ones(30), np.ones(30))}
-    trees = export_trees(lgb.train(settings, lgb.Dataset(x, params={"verbose": -1}), 3), 1, 3)
-    np.testing.assert_array_equal(trees(x), 0)
-    np.testing.assert_array_equal(jax.jit(lambda a: trees(a))(jnp.asarray(x)), 0)
+    booster = grow(x, 1, 3, min_data_in_leaf=20)
+    trees = export_trees(booster, 1, 3)
+    assert trees.leaves_if_left.shape[2] == 1
+    np.testing.assert_allclose(trees(x), own(booster, x, 1), atol=1e-9)
+    assert export_trees(None, 2, 5)(x).shape == (30, 2)
 
 
 def test_linear_leaves_are_refused():

@@ -6,6 +6,8 @@ import importlib
 
 _PUBLIC = {
     "BayesianLens": "bayesian_lens",
+    "ConditionalDensity": "density",
+    "Density": "density",
     "Dequantized": "transformed",
     "FiniteKernel": "finite",
     "InputError": "errors",
@@ -18,6 +20,7 @@ _PUBLIC = {
     "Predictive": "learner",
     "QuantileDistribution": "transformed",
     "Recalibrated": "transformed",
+    "Structure": "structure",
     "Table": "table",
     "Target": "table",
     "as_predictive": "foreign",
@@ -28,6 +31,7 @@ _PUBLIC = {
     "register_family": "distribution",
     "save": "saving",
     "show": "saving",
+    "train": "training",
 }
 __all__ = sorted(_PUBLIC)
 

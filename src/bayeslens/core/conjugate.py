@@ -310,7 +310,7 @@ def certify(
     pair: ConjugatePair,
     hyperparameters: Hyperparameters,
     observation: ArrayLike,
-    parameters: Float[ArrayLike, "tried *parameter"],
+    parameters: Float[ArrayLike, "tried ..."],
     **known: Any,
 ) -> Certificate:
     """Check the channel equation, in logarithms, at one observation and some parameters.

@@ -223,6 +223,9 @@ def export_trees(booster: Any, num_outputs: int, num_rounds: int) -> BoostedTree
     category_set, category_sets = _category_sets(blocks, threshold, is_set)
     if_left, if_right = _possible_leaves(left, right, leaves)
     if_left[~is_split] = if_right[~is_split] = True
+    # Leaves that only fill up smaller trees are never reached: exactly one leaf must remain.
+    real = (np.arange(leaves) < size)[:, None]
+    if_left, if_right = if_left & real, if_right & real
     # The nearest float32 at or below keeps x <= threshold true for the same float32 values.
     largest = float(np.finfo(np.float32).max)  # a split of missing values from all others has a threshold beyond
     rounded = np.clip(threshold, -largest, largest).astype(np.float32)
