@@ -45,6 +45,6 @@ def check(*, control: bool = False) -> Evidence:
             second = second._replace(request=lambda p, x, y: x + (honest(p, x, y) - x) / 0.8**2)
         parts = (first >> second).update(p, x, y)
         learners = max(float(abs(a - b)) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True))
-    numbers = {"likelihoods": abs(made - exact), "learners": learners}
+    numbers = {"likelihoods": float(abs(made - exact)), "learners": learners}
     shown = f"log likelihoods differ by {numbers['likelihoods']:.1e}, learned parameters by {learners:.1e}; exact is 0"
-    return Evidence(numbers["likelihoods"] < 1e-8 and learners < 1e-14, shown, numbers)
+    return Evidence(bool(numbers["likelihoods"] < 1e-8 and learners < 1e-14), shown, numbers)

@@ -61,7 +61,7 @@ def check(*, control: bool = False) -> Evidence:
     holds &= numbers["against Bayes' rule on the support"] < 1e-14 and not possible.all()
     shown = (
         f"over {CASES} chains with {numbers['impossible observations']:.0f} impossible observations the two ways "
-        f"differ by {numbers['composite against whole']:.1e} (exact is 0); {numbers['wrongly defined rows']:.0f} rows are "
-        "defined that should not be"
+        f"differ by {numbers['composite against whole']:.1e} (exact is 0); "
+        f"{numbers['wrongly defined rows']:.0f} rows are defined that should not be"
     )
     return Evidence(bool(holds), shown, numbers)

@@ -28,6 +28,7 @@ from bayeslens.gallery import Evidence
 PAPER = "S460"
 CLAIM = "A reading of uncertain evidence is exact for reports that came about as it assumes; the others do worse."
 NOT_CHECKED = "The paper's simulators; here a discrete network and a linear-Gaussian model, where all is exact."
+update = jax.jit(update_on_uncertain_evidence, static_argnums=3)
 RULES = ("jeffrey", "virtual", "distributional")
 NOISE, SPREAD = 0.8, 1.2  # of y given x, and of the report about y; x is standard normal
 
@@ -40,7 +41,7 @@ def burglary_by_library(rule: str) -> float:
     """The probability of a burglary."""
     prior = FiniteKernel.state(BURGLARY) @ FiniteKernel.state(EARTHQUAKE)
     alarm, report = FiniteKernel(ALARM, source_ndim=2), FiniteKernel.state(HEARD)
-    return float(update_on_uncertain_evidence(prior, alarm, report, rule).marginal(0).probs[1])
+    return float(update(prior, alarm, report, rule).marginal(0).probs[1])
 
 
 def burglary_by_enumeration(rule: str) -> float:
@@ -72,7 +73,7 @@ def coverage_and_score(read_as: str, made_by: str) -> tuple[float, float]:
 
     def posterior(y, noise):
         mean, deviation = report(made_by, y, noise)
-        state = update_on_uncertain_evidence(
+        state = update(
             LinearGaussianKernel(np.zeros((1, 0)), [0.0], [[1.0]]),
             LinearGaussianKernel([[1.0]], [0.0], [[NOISE]]),
             LinearGaussianKernel(np.zeros((1, 0)), [mean], [[deviation]]),

@@ -23,7 +23,7 @@ from bayeslens.core.conjugate import (
 )
 from bayeslens.core.errors import InputError
 
-ROWS = 6
+ROWS = 3
 QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 rng = np.random.default_rng(0)
 X = rng.normal(size=(ROWS, 2))
@@ -31,25 +31,25 @@ X = rng.normal(size=(ROWS, 2))
 CASES = {
     (dist.Beta, dist.BernoulliProbs): (
         {"concentration1": 0.7, "concentration0": 2.5},
-        np.array([1, 0, 0, 1, 0, 0]),
+        np.array([1, 0, 0]),
         {},
     ),
     (dist.Beta, dist.BinomialProbs): (
         {"concentration1": 1.5, "concentration0": 0.5},
-        np.array([3, 0, 2, 5, 1, 0]),
-        {"total_count": np.array([5, 1, 2, 7, 4, 3])},
+        np.array([3, 0, 5]),
+        {"total_count": np.array([5, 1, 7])},
     ),
     (dist.Dirichlet, dist.CategoricalProbs): (
         {"concentration": np.array([0.5, 1.0, 2.0])},
-        np.array([2, 0, 2, 1, 2, 2]),
+        np.array([2, 0, 2]),
         {},
     ),
     (dist.Dirichlet, dist.MultinomialProbs): (
         {"concentration": np.array([0.5, 1.0, 2.0])},
-        np.array([[1, 2, 0], [3, 0, 0], [0, 0, 3], [1, 1, 1], [0, 3, 0], [2, 0, 1]]),
+        np.array([[1, 2, 0], [0, 0, 3], [1, 1, 1]]),
         {"total_count": np.full(ROWS, 3)},
     ),
-    (dist.Gamma, dist.Poisson): ({"concentration": 2.0, "rate": 0.5}, np.array([3, 0, 7, 2, 4, 1]), {}),
+    (dist.Gamma, dist.Poisson): ({"concentration": 2.0, "rate": 0.5}, np.array([3, 0, 7]), {}),
     (dist.Gamma, dist.Exponential): ({"concentration": 1.5, "rate": 2.0}, rng.gamma(1.0, size=ROWS), {}),
     (dist.Normal, dist.Normal): (
         {"loc": 100.0, "scale": 3.0},
@@ -196,10 +196,10 @@ def test_float32_keeps_its_digits_far_from_zero():
 def test_normal_inverse_gamma_is_a_numpyro_distribution():
     precision = np.array([[2.0, 0.3], [0.3, 1.0]])
     d = NormalInverseGamma(np.array([1.0, -2.0]), precision, 6.0, 10.0)
-    draws = np.asarray(jax.jit(lambda key: d.sample(key, (40_000,)), compiler_options=QUICK)(jax.random.key(0)))
+    draws = np.asarray(jax.jit(lambda key: d.sample(key, (10_000,)), compiler_options=QUICK)(jax.random.key(0)))
     # five standard errors: false alarms under one in a hundred thousand
-    np.testing.assert_allclose(draws.mean(0), [1.0, -2.0, 2.0], atol=0.05)
-    np.testing.assert_allclose(np.cov(draws[:, :2].T), 2.0 * np.linalg.inv(precision), atol=0.15)
+    np.testing.assert_allclose(draws.mean(0), [1.0, -2.0, 2.0], atol=0.08)
+    np.testing.assert_allclose(np.cov(draws[:, :2].T), 2.0 * np.linalg.inv(precision), atol=0.3)
     weights, variance = np.array([0.4, -1.0]), 1.7
     exact = st.multivariate_normal([1.0, -2.0], variance * np.linalg.inv(precision)).logpdf(weights)
     exact += st.invgamma(6.0, scale=10.0).logpdf(variance)

@@ -187,9 +187,9 @@ def test_difficult_tables():
 
 
 def test_calibrated_on_its_own_model():
-    """Coverage of 90% intervals over 400 small data sets drawn from the model; false alarm rate 1e-6, exact."""
+    """Coverage of 90% intervals over 200 small data sets drawn from the model; false alarm rate 1e-6, exact."""
     inside = 0
-    for seed in range(400):
+    for seed in range(200):
         rng = np.random.default_rng(seed)
         x = rng.normal(size=(13, 2))
         y = 3 + x @ rng.normal(size=2) + rng.normal(size=13)
@@ -197,7 +197,7 @@ def test_calibrated_on_its_own_model():
         low, high = st.t(d.df, d.loc, d.scale).interval(0.9)
         inside += int(low[0] <= y[12] <= high[0])
     # The noise prior is worth one row of the data's own scale, which widens the intervals a little.
-    assert st.binom.ppf(5e-7, 400, 0.9) <= inside <= st.binom.isf(5e-7, 400, 0.92)
+    assert st.binom.ppf(5e-7, 200, 0.9) <= inside <= st.binom.isf(5e-7, 200, 0.92)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
