@@ -262,3 +262,101 @@ def test_bad_input(settings, y, arguments, message):
 def test_table_is_what_trees_see():
     assert Table.from_data(np.zeros((3, 1)) + np.arange(3)[:, None]).trees(np.ones((2, 1))).tolist() == [[1.0], [1.0]]
     assert natural_gradient(family_of("laplace"), np.array([1.0]), np.zeros((1, 2))).tolist() == [[-1.0, 0.0]]
+
+
+def test_lognormal_crps_gradient_and_metric():
+    family, theta = family_of("lognormal", score="crps"), np.array([0.3, -0.4])
+    y, rows = np.array([0.4, 2.5]), np.tile(theta, (2, 1))
+    grid = np.linspace(1e-9, 400, 2_000_001)
+    cdf = lambda t: stats.lognorm.cdf(grid, np.exp(t[1]), scale=np.exp(t[0]))  # noqa: E731
+    step = grid[1] - grid[0]
+    slopes, metric = family.gradient(y, rows, None)
+    change = []
+    for value, loss in zip(y, family.loss(y, rows, None), strict=True):
+        assert loss == pytest.approx(((cdf(theta) - (grid >= value)) ** 2).sum() * step, abs=1e-3)
+    for j, unit in enumerate(1e-5 * np.eye(2)):
+        change.append((cdf(theta + unit) - cdf(theta - unit)) / 2e-5)
+        losses = [family.loss(y, np.tile(theta + s * unit, (2, 1)), None) for s in (1, -1)]
+        np.testing.assert_allclose(slopes[:, j], (losses[0] - losses[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+    exact = 2 * np.einsum("in,jn->ij", change, change) * step
+    np.testing.assert_allclose(metric[0], exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "bernoulli", "categorical", "multivariate_normal"])
+def test_traced_calls_equal_those_on_the_host(name):
+    rng = np.random.default_rng(10)
+    x = rng.normal(size=(60, 2)).astype(np.float32)
+    y = {
+        "poisson": rng.poisson(3, 60), "negative_binomial": rng.poisson(3, 60), "bernoulli": rng.integers(0, 2, 60),
+        "categorical": rng.integers(0, 3, 60).astype(str), "multivariate_normal": rng.normal(size=(60, 2)),
+    }.get(name, np.exp(rng.normal(size=60)))  # fmt: skip
+    predictive = NGBoost(distribution=name, num_trees=15, early_stopping_rounds=0).fit(x, y, key=KEY)
+    value = np.ones(2) if name == "multivariate_normal" else 1
+    traced = jax.jit(lambda a: predictive(a).log_prob(value))(jnp.asarray(x))
+    np.testing.assert_allclose(traced, predictive(x).log_prob(value), rtol=1e-3, atol=1e-3)
+
+
+def test_small_tables_do_not_overfit():
+    # 20 rows of noise: five-fold cross-validation must not let the scale collapse, in any of ten tables.
+    rng = np.random.default_rng(11)
+    for _ in range(10):
+        found = NGBoost().fit(rng.normal(size=(20, 3)), rng.normal(size=20), key=KEY)(rng.normal(size=(50, 3)))
+        assert np.asarray(found.scale).min() > 0.2
+
+
+def test_features_without_a_split_leave_the_marginal():
+    y = np.random.default_rng(12).normal(3, 2, 60)
+    found = NGBoost().fit(np.ones((60, 2)), y, key=KEY)(np.zeros((2, 2)))
+    np.testing.assert_allclose(found.loc, y.mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.scale, y.std(), rtol=0.2)
+
+
+def test_one_outlier_keeps_numbers_finite():
+    rng = np.random.default_rng(13)
+    x, y = rng.normal(size=(200, 2)), np.r_[rng.normal(size=199), 1e7]
+    found = NGBoost().fit(x, y, key=KEY)(x)
+    # Between the bulk and a few times the spread of all rows together.
+    assert np.isfinite(found.loc).all() and np.asarray(found.scale).max() < 20 * y.std()
+
+
+def test_members_are_bootstrap_fits():
+    rng = np.random.default_rng(14)
+    x = rng.normal(size=(150, 2))
+    predictive = NGBoost(num_members=3, num_trees=30).fit(x, x[:, 0] + rng.normal(size=150), key=KEY)
+    members, weights = predictive.members(x)
+    assert members.batch_shape == (3, 150) and weights.sum() == pytest.approx(1)
+    assert np.asarray(members.loc).std(0).max() > 0
+    assert predictive(x).batch_shape == (150,)
+
+
+def test_zero_weights_are_rows_left_out():
+    rng = np.random.default_rng(15)
+    x, y, w = rng.normal(size=(120, 2)), rng.normal(size=120), np.repeat([1.0, 0.0], 60)
+    found, alone = NGBoost().fit(x, y, key=KEY, weights=w)(x), NGBoost().fit(x[:60], y[:60], key=KEY)(x)
+    np.testing.assert_allclose(found.loc, alone.loc, rtol=1e-6)
+
+
+def test_groups_are_held_out_together(monkeypatch):
+    from bayeslens.learners import ngboost
+
+    seen, real = [], ngboost.folds
+    monkeypatch.setattr(ngboost, "folds", lambda *a, **s: seen.extend(real(*a, **s)) or seen)
+    x, groups = np.random.default_rng(16).normal(size=(100, 1)), np.arange(100) // 10
+    NGBoost(num_trees=3).fit(x, x[:, 0], key=KEY, groups=groups)
+    assert all(not set(groups[train]) & set(groups[held]) for train, held in seen)
+
+
+def test_offset_at_prediction_is_exposure():
+    x = np.random.default_rng(17).normal(size=(80, 1))
+    predictive = NGBoost(distribution="poisson", num_trees=5).fit(x, np.arange(80.0) % 4, key=KEY)
+    doubled = predictive(x, offset=np.full(80, np.log(2)))
+    np.testing.assert_allclose(doubled.rate, 2 * predictive(x).rate, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_trees": 0}, {"num_leaves": 1}, {"learning_rate": 0.0}, {"row_fraction": 1.5}, {"num_members": 0}],
+)
+def test_settings_out_of_range(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        NGBoost(**settings).fit(np.arange(9.0)[:, None], np.arange(9.0), key=KEY)

@@ -21,6 +21,7 @@ from scipy import special
 
 from bayeslens.core.distribution import build
 from bayeslens.core.errors import InputError
+from bayeslens.core.quantile import backend
 
 _LOG_DF = (np.log(1.1), np.log(300.0))  # a Student t beyond this range is Cauchy-like, or normal
 _SQRT_PI = np.sqrt(np.pi)
@@ -173,16 +174,14 @@ def _location_scale_start(y: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.array([mean, np.log(max(scale, 1e-6 * max(abs(mean), 1e-6)))])
 
 
-def _normal_distribution(t: np.ndarray) -> Distribution:
-    return build(dist.Normal, loc=t[:, 0], scale=np.exp(t[:, 1]))
+def _exp(t: Any) -> Any:
+    """The exponential of parameters, NumPy's or traced, kept finite."""
+    xp = backend(t)
+    return xp.exp(xp.clip(t, -60.0, 60.0))
 
 
-def _lognormal_distribution(t: np.ndarray) -> Distribution:
-    return build(dist.LogNormal, loc=t[:, 0], scale=np.exp(t[:, 1]))
-
-
-def _laplace_distribution(t: np.ndarray) -> Distribution:
-    return build(dist.Laplace, loc=t[:, 0], scale=np.exp(t[:, 1]))
+def _with_scale(family: type[Distribution]) -> Callable[[Any], Distribution]:
+    return lambda t: build(family, loc=t[:, 0], scale=_exp(t[:, 1]))
 
 
 def _of_log(family: Family, build_distribution: Callable) -> Family:
@@ -226,7 +225,7 @@ def _normal_crps() -> Family:
         slope = np.stack([1 - 2 * special.ndtr(z), scale * (2 * density - 1 / _SQRT_PI)], 1)
         return slope, np.stack([1 / (_SQRT_PI * scale), scale / (2 * _SQRT_PI)], 1)
 
-    return Family(_location_scale_start, loss, gradient, _normal_distribution)
+    return Family(_location_scale_start, loss, gradient, _with_scale(dist.Normal))
 
 
 def _laplace_crps() -> Family:
@@ -242,7 +241,31 @@ def _laplace_crps() -> Family:
         slope = np.stack([-np.sign(z) * (1 - tail), scale * (tail * (1 + np.abs(z)) - 0.75)], 1)
         return slope, np.stack([1 / (2 * scale), scale / 4], 1)
 
-    return Family(_location_scale_start, loss, gradient, _laplace_distribution)
+    return Family(_location_scale_start, loss, gradient, _with_scale(dist.Laplace))
+
+
+def _lognormal_crps() -> Family:
+    """CRPS in the units of y (Baran and Lerch 2015); its metric is not diagonal."""
+
+    def pieces(y: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:
+        scale = _exp(t[:, 1])
+        z, mean = (np.log(y) - t[:, 0]) / scale, _exp(t[:, 0] + scale**2 / 2)
+        return scale, z, mean, special.ndtr(z - scale) + special.ndtr(scale / np.sqrt(2)) - 1
+
+    def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
+        _, z, mean, share = pieces(y, t)
+        return y * (2 * special.ndtr(z) - 1) - 2 * mean * share
+
+    def gradient(y: np.ndarray, t: np.ndarray, censored: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        scale, z, mean, share = pieces(y, t)
+        at_y, at_scale = (np.exp(_NORMAL.log_density(v)) for v in (z, scale / np.sqrt(2)))
+        by_scale = scale * (2 * y * at_y - 2 * mean * scale * share - np.sqrt(2) * mean * at_scale)
+        metric = np.array([[1 / scale, scale / 2], [scale / 2, scale * (0.5 + scale**2 / 4)]])
+        metric = metric * _exp(t[:, 0] + scale**2 / 4) / _SQRT_PI
+        return np.stack([-2 * mean * share, by_scale], 1), np.moveaxis(metric, 2, 0)
+
+    start = lambda y, w: _location_scale_start(np.log(y), w)  # noqa: E731
+    return Family(start, loss, gradient, _with_scale(dist.LogNormal), _check_positive)
 
 
 def _student_t() -> Family:
@@ -293,8 +316,8 @@ def _student_t() -> Family:
         return np.array([np.median(y), np.log(spread) if spread > 0 else log_scale, np.log(5.0)])
 
     def distribution(t: np.ndarray) -> Distribution:
-        df = np.exp(np.clip(t[:, 2], *_LOG_DF))
-        return build(dist.StudentT, df=df, loc=t[:, 0], scale=np.exp(t[:, 1]))
+        df = _exp(backend(t).clip(t[:, 2], *_LOG_DF))
+        return build(dist.StudentT, df=df, loc=t[:, 0], scale=_exp(t[:, 1]))
 
     return Family(start, loss, gradient, distribution, censoring=True)
 
@@ -304,7 +327,7 @@ def _poisson() -> Family:
         lambda y, w: np.array([np.log(max(np.average(y, weights=w), 1e-6))]),
         lambda y, t, censored=None: np.exp(t[:, 0]) - y * t[:, 0] + special.gammaln(y + 1),
         lambda y, t, censored=None: (np.exp(t) - y[:, None], np.exp(t)),
-        lambda t: build(dist.Poisson, rate=np.exp(t[:, 0])),
+        lambda t: build(dist.Poisson, rate=_exp(t[:, 0])),
         _check_counts,
         rate=0,
     )
@@ -335,7 +358,8 @@ def _negative_binomial() -> Family:
     """Log mean and log concentration, which are orthogonal; variance = mean + mean^2 / concentration."""
 
     def unpack(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.exp(np.clip(t[:, 0], -20, 20)), np.exp(np.clip(t[:, 1], -5, 7))
+        xp = backend(t)
+        return xp.exp(xp.clip(t[:, 0], -20, 20)), xp.exp(xp.clip(t[:, 1], -5, 7))
 
     def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
         m, r = unpack(t)
@@ -361,6 +385,11 @@ def _negative_binomial() -> Family:
     return Family(start, loss, gradient, distribution, _check_counts, rate=0)
 
 
+def _softmax(t: Any) -> Any:
+    e = backend(t).exp(t - t.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
 def _categorical(classes: int) -> Family:
     """Class logits. The metric is the Fisher information's diagonal: in full it is singular."""
 
@@ -368,7 +397,7 @@ def _categorical(classes: int) -> Family:
         return -special.log_softmax(t, 1)[np.arange(len(y)), y.astype(int)]
 
     def gradient(y: np.ndarray, t: np.ndarray, censored: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        p = special.softmax(t, 1)
+        p = _softmax(t)
         residual = p.copy()
         residual[np.arange(len(y)), y.astype(int)] -= 1
         return residual, np.maximum(p * (1 - p), 0.05)
@@ -381,7 +410,7 @@ def _categorical(classes: int) -> Family:
         start,
         loss,
         gradient,
-        lambda t: build(dist.CategoricalProbs, probs=special.softmax(t, 1).astype(np.float32)),
+        lambda t: build(dist.CategoricalProbs, probs=_softmax(t).astype(np.float32)),
         spread=False,
     )
 
@@ -390,8 +419,8 @@ def _bernoulli() -> Family:
     """The logit of the second class; predictions are Categorical over both."""
 
     def distribution(t: np.ndarray) -> Distribution:
-        p = special.expit(t[:, 0])
-        return build(dist.CategoricalProbs, probs=np.stack([1 - p, p], 1).astype(np.float32))
+        probs = _softmax(backend(t).stack([0 * t[:, 0], t[:, 0]], 1))
+        return build(dist.CategoricalProbs, probs=probs.astype(np.float32))
 
     def gradient(y: np.ndarray, t: np.ndarray, censored: Any = None) -> tuple[np.ndarray, np.ndarray]:
         p = special.expit(t)
@@ -412,12 +441,11 @@ def _multivariate_normal(size: int) -> Family:
     # Cov(dl/dL_ij, dl/dL_kl) = Sigma_ik [j = l] + L_ii^-2 [i = j = k = l], since L^-1 is lower triangular.
     same_column = columns[:, None] == columns[None, :]
     both_diagonal = np.diag(diagonal.astype(float))
+    places = np.eye(size * size)[rows * size + columns]
 
     def unpack(t: np.ndarray) -> np.ndarray:
-        factor = np.zeros((len(t), size, size))
-        entries = t[:, size:]
-        factor[:, rows, columns] = np.where(diagonal, np.exp(np.clip(entries, -30, 30)), entries)
-        return factor
+        entries = backend(t).where(diagonal, _exp(backend(t).clip(t[:, size:], -30, 30)), t[:, size:])
+        return (entries @ places).reshape(-1, size, size)
 
     def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
         z = np.einsum("nij,ni->nj", unpack(t), y - t[:, :size])
@@ -447,11 +475,11 @@ def _multivariate_normal(size: int) -> Family:
         covariance = covariance + 1e-9 * max(np.trace(covariance), 1e-9) * np.eye(size)
         factor = np.linalg.cholesky(np.linalg.inv(covariance))
         entries = factor[rows, columns]
-        return np.concatenate([mean, np.where(diagonal, np.log(np.abs(entries)), entries)])
+        return np.concatenate([mean, np.where(diagonal, np.log(np.where(diagonal, entries, 1)), entries)])
 
     def distribution(t: np.ndarray) -> Distribution:
-        inverse = np.linalg.inv(unpack(t))
-        tril = np.linalg.cholesky(np.einsum("nki,nkj->nij", inverse, inverse))
+        inverse, xp = backend(t).linalg.inv(unpack(t)), backend(t)
+        tril = xp.linalg.cholesky(xp.einsum("nki,nkj->nij", inverse, inverse))
         return build(dist.MultivariateNormal, loc=t[:, :size], scale_tril=tril)
 
     return Family(start, loss, gradient, distribution, spread=False)
@@ -467,7 +495,7 @@ def family_of(name: str, *, score: str = "log", classes: int | None = None, targ
     Args:
         name: one of `NAMES`, or for classes `bernoulli` or `categorical`, or for several targets
             `multivariate_normal`; `auto` is the normal, or what suits the classes or targets.
-        score: `log`, or `crps` for normal and laplace.
+        score: `log`, or `crps` for normal, lognormal and laplace.
         classes: how many, for classification.
         targets: how many numbers each row has.
 
@@ -485,18 +513,18 @@ def family_of(name: str, *, score: str = "log", classes: int | None = None, targ
             raise InputError(f"{targets} targets need distribution='multivariate_normal' and score='log'")
         return _multivariate_normal(targets)
     if score == "crps":
-        crps = {"auto": _normal_crps, "normal": _normal_crps, "laplace": _laplace_crps}
-        if name not in crps:
-            raise InputError(f"score='crps' is there for normal and laplace, not for {name!r}: use score='log'")
-        return crps[name]()
+        crps = {"normal": _normal_crps, "lognormal": _lognormal_crps, "laplace": _laplace_crps}
+        if name not in ("auto", *crps):
+            raise InputError(f"score='crps' is there for {', '.join(crps)}, not for {name!r}: use score='log'")
+        return crps[name if name in crps else "normal"]()
     if score != "log":
         raise InputError(f"unknown score {score!r}: use log or crps")
-    normal = _location_scale(_NORMAL, _normal_distribution)
+    normal = _location_scale(_NORMAL, _with_scale(dist.Normal))
     families = {
         "auto": lambda: normal,
         "normal": lambda: normal,
-        "lognormal": lambda: _of_log(normal, _lognormal_distribution),
-        "laplace": lambda: _location_scale(_LAPLACE, _laplace_distribution),
+        "lognormal": lambda: _of_log(normal, _with_scale(dist.LogNormal)),
+        "laplace": lambda: _location_scale(_LAPLACE, _with_scale(dist.Laplace)),
         "student_t": _student_t,
         "poisson": _poisson,
         "negative_binomial": _negative_binomial,
