@@ -133,6 +133,15 @@ def test_zero_variances():
         run(contradiction)
 
 
+def test_what_cancels_up_to_rounding_says_nothing():
+    def program(machine):
+        x = machine.normal(5.0, 2.0)
+        machine.condition(0.1 * x + 0.2 * x, 0.3 * x)  # the coefficients differ by 5e-17: no news about x
+        return x
+
+    assert run(program) == (5.0, 4.0, 0.0)
+
+
 def test_equal_variables_may_replace_each_other():
     """After x =:= y the two are one: the paper's substitution law."""
 

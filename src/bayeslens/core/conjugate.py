@@ -26,7 +26,7 @@ from numpyro.distributions.transforms import AffineTransform
 
 from bayeslens.core.errors import InputError
 
-Hyperparameters = dict[str, Array]
+Hyperparameters = dict[str, ArrayLike]
 
 
 class ConjugatePair(NamedTuple):
@@ -95,7 +95,7 @@ class NormalInverseGamma(Distribution):
         parts = constraints.cat([constraints.real, constraints.positive], dim=-1, lengths=(self.loc.shape[-1], 1))
         return constraints.independent(parts, 1)
 
-    def log_prob(self, value: Float[Array, "*batch weights+1"]) -> Float[Array, "*batch"]:
+    def log_prob(self, value: Float[ArrayLike, "*batch weights_and_variance"]) -> Float[Array, "*batch"]:
         """Log density of (weights, variance)."""
         weights, variance = value[..., :-1], value[..., -1]
         triangle = jnp.linalg.cholesky(self.precision)
@@ -117,7 +117,7 @@ class NormalInverseGamma(Distribution):
         return jnp.concatenate([weights, variance[..., None]], axis=-1)
 
 
-def _update_beta(p: Hyperparameters, y: Array, total_count: ArrayLike = 1) -> Hyperparameters:
+def _update_beta(p: Hyperparameters, y: ArrayLike, total_count: ArrayLike = 1) -> Hyperparameters:
     y = jnp.asarray(y)
     trials = jnp.broadcast_to(total_count, y.shape)
     return {
@@ -126,11 +126,11 @@ def _update_beta(p: Hyperparameters, y: Array, total_count: ArrayLike = 1) -> Hy
     }
 
 
-def _update_gamma(p: Hyperparameters, events: Array, exposure: ArrayLike) -> Hyperparameters:
+def _update_gamma(p: Hyperparameters, events: ArrayLike, exposure: ArrayLike) -> Hyperparameters:
     return {"concentration": p["concentration"] + events, "rate": p["rate"] + exposure}
 
 
-def _update_normal(p: Hyperparameters, y: Array, scale: ArrayLike) -> Hyperparameters:
+def _update_normal(p: Hyperparameters, y: ArrayLike, scale: ArrayLike) -> Hyperparameters:
     y = jnp.asarray(y)
     weight = jnp.broadcast_to(1 / jnp.square(scale), y.shape)
     # Deviations from the prior mean, not raw sums: these would lose digits when the mean is far from zero.
@@ -142,7 +142,9 @@ def _features(features: ArrayLike | None, rows: int) -> Array:
     return jnp.ones((rows, 1)) if features is None else jnp.asarray(features)
 
 
-def _update_normal_inverse_gamma(p: Hyperparameters, y: Array, features: ArrayLike | None = None) -> Hyperparameters:
+def _update_normal_inverse_gamma(
+    p: Hyperparameters, y: ArrayLike, features: ArrayLike | None = None
+) -> Hyperparameters:
     y = jnp.asarray(y)
     x, loc, precision = _features(features, y.shape[0]), jnp.asarray(p["loc"]), jnp.asarray(p["precision"])
     total = precision + x.T @ x
@@ -157,7 +159,7 @@ def _update_normal_inverse_gamma(p: Hyperparameters, y: Array, features: ArrayLi
     }
 
 
-def _normal_regression(parameter: Array, features: ArrayLike | None = None) -> Distribution:
+def _normal_regression(parameter: ArrayLike, features: ArrayLike | None = None) -> Distribution:
     x = jnp.ones(1) if features is None else jnp.asarray(features)
     return dist.Normal((x * parameter[..., :-1]).sum(-1), jnp.sqrt(parameter[..., -1]))
 
@@ -169,7 +171,7 @@ def _predict_regression(p: Hyperparameters, features: ArrayLike | None = None) -
     return dist.StudentT(2 * jnp.asarray(p["concentration"]), x @ p["loc"], scale)
 
 
-def _lomax(concentration: Array, rate: Array) -> Distribution:
+def _lomax(concentration: ArrayLike, rate: ArrayLike) -> Distribution:
     pareto = dist.Pareto(scale=rate, alpha=concentration)
     return dist.TransformedDistribution(pareto, AffineTransform(-rate, 1.0, domain=constraints.greater_than(rate)))
 
@@ -272,7 +274,7 @@ def hyperparameters_of(pair: ConjugatePair, prior: Distribution) -> Hyperparamet
 
 
 def log_marginal_likelihood(
-    pair: ConjugatePair, hyperparameters: Hyperparameters, observations: Array, **known: Any
+    pair: ConjugatePair, hyperparameters: Hyperparameters, observations: ArrayLike, **known: Any
 ) -> Float[Array, ""]:
     """The log evidence of all observations together, parameter integrated out.
 

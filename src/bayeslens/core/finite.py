@@ -22,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from bayeslens.core.errors import InputError
 
 _ROW_SUM_TOLERANCE = 1e-3  # wide enough for the rounding of thousands of float32 compositions
 
 
-def as_floating(value: ArrayLike) -> Array:
+def as_floating(value: ArrayLike | Sequence) -> Array:
     """The value as a JAX array of floating point numbers; floats keep their precision.
 
     >>> as_floating([1, 2]).tolist()
@@ -80,7 +80,7 @@ class FiniteKernel(eqx.Module):
             )
 
     @classmethod
-    def state(cls, probs: Float[ArrayLike, "*target"]) -> FiniteKernel:
+    def state(cls, probs: Real[ArrayLike, "*target"] | Sequence) -> FiniteKernel:
         """The unconditional distribution with these probabilities.
 
         >>> FiniteKernel.state([0.5, 0.5]).target_shape

@@ -12,6 +12,7 @@ of Bayesian inference" (2023); the square-root form is that of Kaminski, Bryson 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.finite import as_floating
@@ -102,7 +103,7 @@ def regress(
     return Regression(along @ whiten, factor, jnp.where((jnp.abs(off) <= allowed).all(), log_prob, -jnp.inf))
 
 
-def factor_of(covariance: Float[ArrayLike, "n n"]) -> Float[Array, "n n"]:
+def factor_of(covariance: Real[ArrayLike, "n n"] | Sequence) -> Float[Array, "n n"]:
     """A matrix F with F F' = covariance, of the covariance's rank, however singular.
 
     >>> f = factor_of(jnp.array([[1.0, 1.0], [1.0, 1.0]]))
@@ -179,9 +180,9 @@ class LinearGaussianKernel(eqx.Module):
     @classmethod
     def from_covariance(
         cls,
-        matrix: Float[ArrayLike, "target source"],
-        offset: Float[ArrayLike, " target"],
-        covariance: Float[ArrayLike, "target target"],
+        matrix: Real[ArrayLike, "target source"] | Sequence,
+        offset: Real[ArrayLike, " target"] | Sequence,
+        covariance: Real[ArrayLike, "target target"] | Sequence,
     ) -> LinearGaussianKernel:
         """The kernel with this noise covariance, which may be singular.
 
@@ -197,7 +198,7 @@ class LinearGaussianKernel(eqx.Module):
 
     @classmethod
     def state(
-        cls, mean: Float[ArrayLike, " target"], covariance: Float[ArrayLike, "target target"]
+        cls, mean: Real[ArrayLike, " target"] | Sequence, covariance: Real[ArrayLike, "target target"] | Sequence
     ) -> LinearGaussianKernel:
         """The unconditional normal distribution with this mean and covariance.
 
@@ -209,7 +210,9 @@ class LinearGaussianKernel(eqx.Module):
 
     @classmethod
     def deterministic(
-        cls, matrix: Float[ArrayLike, "target source"], offset: Float[ArrayLike, " target"] | None = None
+        cls,
+        matrix: Real[ArrayLike, "target source"] | Sequence,
+        offset: Real[ArrayLike, " target"] | Sequence | None = None,
     ) -> LinearGaussianKernel:
         """The affine map y = A x + b as a kernel without noise: identity, copy, discard and projections are such.
 
@@ -249,7 +252,7 @@ class LinearGaussianKernel(eqx.Module):
         """The covariance F F' of y given x."""
         return self.factor @ self.factor.T
 
-    def __call__(self, x: Float[ArrayLike, "*batch source"] = ()) -> dist.MultivariateNormal:
+    def __call__(self, x: Real[ArrayLike, "*batch source"] | Sequence = ()) -> dist.MultivariateNormal:
         """The distribution of y given x as NumPyro's multivariate normal, batch shape x's leading axes.
 
         Raises:
@@ -270,7 +273,7 @@ class LinearGaussianKernel(eqx.Module):
         loc = jnp.asarray(x, self.matrix.dtype) @ self.matrix.T + self.offset
         return dist.MultivariateNormal(loc, scale_tril=triangle * jnp.where(diagonal < 0, -1, 1))
 
-    def given(self, x: Float[ArrayLike, " source"]) -> LinearGaussianKernel:
+    def given(self, x: Real[ArrayLike, " source"] | Sequence) -> LinearGaussianKernel:
         """The state at one x.
 
         >>> LinearGaussianKernel([[2.0]], [1.0], [[3.0]]).given([1.0]).mean.tolist()
@@ -280,7 +283,9 @@ class LinearGaussianKernel(eqx.Module):
         empty = jnp.zeros((self.target_size, 0), self.matrix.dtype)
         return LinearGaussianKernel(empty, self.matrix @ x + self.offset, self.factor)
 
-    def log_prob(self, y: Float[ArrayLike, " target"], x: Float[ArrayLike, " source"] = ()) -> Float[Array, ""]:
+    def log_prob(
+        self, y: Real[ArrayLike, " target"] | Sequence, x: Real[ArrayLike, " source"] | Sequence = ()
+    ) -> Float[Array, ""]:
         """Log density of y given x, on the support if the covariance is singular; minus infinity off the support.
 
         >>> line = LinearGaussianKernel.state([0.0, 0.0], [[1.0, 1.0], [1.0, 1.0]])
@@ -392,7 +397,7 @@ class LinearGaussianKernel(eqx.Module):
         return LinearGaussianKernel(gain, prior.offset - gain @ mean, _narrow(factor))
 
     def condition(
-        self, prior: LinearGaussianKernel, value: Float[ArrayLike, " target"]
+        self, prior: LinearGaussianKernel, value: Real[ArrayLike, " target"] | Sequence
     ) -> tuple[LinearGaussianKernel, Float[Array, ""]]:
         """Bayes' rule: what is believed about x after y was seen to be `value`, and the log evidence.
 
@@ -472,13 +477,13 @@ def _block(first: Array, second: Array) -> Array:
     return jnp.concatenate([jnp.pad(first, right), jnp.pad(second, left)])
 
 
-def _vector(value: ArrayLike, size: int, name: str) -> Array:
+def _vector(value: ArrayLike | Sequence, size: int, name: str) -> Array:
     value = as_floating(value)
     if value.shape != (size,):
         raise InputError(f"{name} has shape {value.shape}, but ({size},) is needed")
     return value
 
 
-def _check_finite(value: ArrayLike, name: str) -> None:
+def _check_finite(value: ArrayLike | Sequence, name: str) -> None:
     if not isinstance(value, jax.core.Tracer) and not np.isfinite(np.asarray(value, float)).all():
         raise InputError(f"{name} has missing or infinite entries: remove or impute them first")

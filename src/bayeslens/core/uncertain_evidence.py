@@ -14,8 +14,6 @@ Source: A. Munk, A. Mead, F. Wood, "Uncertain evidence in probabilistic models a
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -24,11 +22,9 @@ from bayeslens.core.errors import InputError
 from bayeslens.core.finite import FiniteKernel
 from bayeslens.core.linear_gaussian import LinearGaussianKernel
 
-Interpretation = Literal["jeffrey", "virtual", "distributional"]
-
 
 def update_on_uncertain_evidence(
-    prior: ExactKernel, kernel: ExactKernel, evidence: ExactKernel, interpretation: Interpretation
+    prior: ExactKernel, kernel: ExactKernel, evidence: ExactKernel, interpretation: str
 ) -> ExactKernel:
     """What is believed about x after an uncertain report about y.
 
