@@ -42,6 +42,7 @@ def data_sets(rows: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def fit_ours(x, y, seed, trees=TREES, rate=RATE, **settings):
+    settings = {"row_fraction": 0.8, "column_fraction": 1.0} | settings
     learner = NGBoost(num_trees=trees, learning_rate=rate, num_leaves=LEAVES, early_stopping_rounds=0, **settings)
     return learner.fit(x, y, key=jax.random.key(seed))
 

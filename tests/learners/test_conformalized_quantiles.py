@@ -126,6 +126,21 @@ def test_rows_of_weight_zero_do_not_exist() -> None:
     np.testing.assert_allclose(weighted.quantiles(X[:20]), alone.quantiles(X[:20]))
 
 
+def test_a_weight_of_three_standardizes_as_three_rows() -> None:
+    # The held-out rows are drawn by position, so that only what comes before them can be the same.
+    learner, counts = ConformalizedQuantiles(levels=FEW, num_trees=1), 1 + np.arange(60) % 3
+    weighted = learner.fit(X[:60], Y[:60], key=jax.random.key(0), weights=counts)
+    repeated = learner.fit(np.repeat(X[:60], counts, 0), np.repeat(Y[:60], counts), key=jax.random.key(0))
+    np.testing.assert_allclose(weighted.table.dense(X[60:80]), repeated.table.dense(X[60:80]), rtol=1e-6)
+    np.testing.assert_allclose((weighted.center, weighted.scale), (repeated.center, repeated.scale), rtol=1e-12)
+
+
+def test_weights_in_other_units_change_nothing() -> None:
+    learner, weights = ConformalizedQuantiles(levels=FEW, num_trees=5), 1.0 + np.arange(60) % 3
+    fitted = [learner.fit(X[:60], Y[:60], key=jax.random.key(0), weights=unit * weights) for unit in (1.0, 4.0)]
+    np.testing.assert_allclose(fitted[0].quantiles(X[:9]), fitted[1].quantiles(X[:9]), rtol=1e-6)
+
+
 def test_categories_and_missing_values() -> None:
     frame = pd.DataFrame({"a": np.where(X[:400, 0] > 0, "x", "y"), "b": X[:400, 1]})
     frame.loc[::7, "b"] = np.nan

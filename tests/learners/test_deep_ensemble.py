@@ -124,6 +124,16 @@ def test_rows_of_weight_zero_do_not_exist() -> None:
     np.testing.assert_allclose(weighted(X[:5]).mean, alone(X[:5]).mean, rtol=1e-6)
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_weight_of_three_standardizes_as_three_rows(labels: bool) -> None:
+    # Batches and held-out rows are drawn by position, so that only what comes before them can be the same.
+    counts, y = 1 + np.arange(16) % 3, np.where(Y[:16] > 105, "high", "low") if labels else Y[:16]
+    weighted = SMALL.fit(X[:16], y, key=jax.random.key(0), weights=counts)
+    repeated = SMALL.fit(np.repeat(X[:16], counts, 0), np.repeat(y, counts), key=jax.random.key(0))
+    np.testing.assert_allclose(weighted.table.dense(X[16:30]), repeated.table.dense(X[16:30]), rtol=1e-6)
+    np.testing.assert_allclose((weighted.location, weighted.scale), (repeated.location, repeated.scale), rtol=1e-12)
+
+
 def test_weights_move_the_prediction() -> None:
     rng = np.random.default_rng(1)
     y = np.repeat([0.0, 1.0], 20)

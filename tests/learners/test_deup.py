@@ -122,6 +122,28 @@ def test_weights_reach_the_losses() -> None:
     np.testing.assert_allclose(predictive.expected_loss(GRID), np.average(y**2, weights=weights), rtol=1e-6)
 
 
+def test_an_integer_weight_is_as_good_as_repeated_rows() -> None:
+    X, y = sample(40, 6)
+    counts = 1 + np.arange(40) % 3
+    # Folds go by position; a base and an error learner that ignore the rows leave what does not depend on them.
+    learner = DEUP(Constant(), error=Average())
+    weighted = learner.fit(X, y, key=jax.random.key(0), weights=counts)
+    repeated = learner.fit(np.repeat(X, counts, 0), np.repeat(y, counts), key=jax.random.key(0))
+    for of in (weighted.table, weighted.familiarity.table):
+        np.testing.assert_allclose(of.dense(GRID), repeated.table.dense(GRID), rtol=1e-6)
+    assert weighted.error.mean == pytest.approx(repeated.error.mean, rel=1e-12)
+    np.testing.assert_allclose(weighted.expected_loss(GRID), repeated.expected_loss(GRID), rtol=1e-12)
+
+
+def test_rows_of_weight_zero_do_not_exist() -> None:
+    X, y = sample(60, 7)
+    weights = np.tile([1.0, 2.0, 0.0], 20)
+    learner, kept = DEUP(BayesianLinearRegression(), error=BayesianLinearRegression()), weights > 0
+    weighted = learner.fit(X, np.where(kept, y, 1e6), key=jax.random.key(0), weights=list(weights))
+    alone = learner.fit(X[kept], y[kept], key=jax.random.key(0), weights=weights[kept])
+    np.testing.assert_array_equal(weighted.excess_risk(GRID), alone.excess_risk(GRID))
+
+
 def test_predictions_are_the_base_learners() -> None:
     X, y = sample(60, 2)
     predictive = DEUP(BayesianLinearRegression()).fit(X, y, key=jax.random.key(0))
@@ -164,5 +186,7 @@ def test_errors_say_what_is_wrong() -> None:
         DEUP(BayesianLinearRegression(), error=BayesianLogisticRegression()).fit(X, y, key=jax.random.key(0))
     with pytest.raises(InputError, match="at least 0"):
         DEUP(BayesianLinearRegression(), noise=-1.0).fit(X, y, key=jax.random.key(0))
+    with pytest.raises(InputError, match="one per row"):
+        DEUP(BayesianLinearRegression()).fit(X, y, key=jax.random.key(0), weights=np.ones(3))
     with pytest.raises(InputError, match="too few"):
         DEUP(BayesianLinearRegression()).fit(X[:2], y[:2], key=jax.random.key(0))

@@ -6,22 +6,27 @@ import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
 import pytest
+from numpyro.diagnostics import effective_sample_size
 from scipy.stats import multivariate_normal, norm
 
 from bayeslens.core.distribution import concatenate
 from bayeslens.core.errors import InputError
 from bayeslens.core.quantile import log_prob, mean_and_variance
 from bayeslens.core.table import Table
-from bayeslens.learners.gaussian_process import (
+from bayeslens.learners.gaussian_process import GaussianProcess, exact_posterior, input_groups
+from bayeslens.learners.gaussian_process_evidence import (
     Covariance,
-    GaussianProcess,
+    Observations,
     cholesky,
-    draw_hyperparameters,
-    exact_posterior,
-    hyperprior,
-    input_groups,
     log_evidence,
     one_thread,
+    traceable_log_evidence,
+)
+from bayeslens.learners.gaussian_process_hyperparameters import (
+    draw_by_laplace,
+    draw_by_nuts,
+    hyperprior,
+    optimize_hyperparameters,
 )
 from bayeslens.learners.sparse_gaussian_process import evidence_bound, fit_sparse, inducing_points, sparse_posterior
 
@@ -43,6 +48,10 @@ def rows(count, inputs=3, seed=0):
     return x, np.sin(2 * x[:, 0]) + 0.5 * x[:, -1] + 0.3 * generator.normal(size=count)
 
 
+def observe(x, y, weights=None):
+    return Observations(GROUPS, x, y, np.ones(len(y)) if weights is None else weights)
+
+
 def slow_covariance(x, z):
     """The formula, pair by pair."""
     r = np.sqrt(np.square((x[:, None] - z[None]) / COVARIANCE.lengths).sum(-1))
@@ -61,7 +70,7 @@ def mean_score(predictive, x, y):
 def test_posterior_and_evidence_equal_the_closed_form():
     x, y = rows(40)
     new = rows(7, seed=1)[0]
-    latent = exact_posterior(PARAMETERS, GROUPS, x, y, np.ones(40))
+    latent = exact_posterior(PARAMETERS, observe(x, y))
     total = slow_covariance(x, x) + NOISE**2 * np.eye(40)
     cross = slow_covariance(new, x)
     mean, covariance = latent.joint(new, x)
@@ -69,7 +78,7 @@ def test_posterior_and_evidence_equal_the_closed_form():
     expected = slow_covariance(new, new) - cross @ np.linalg.solve(total, cross.T)
     np.testing.assert_allclose(covariance, expected, atol=1e-10)
     np.testing.assert_allclose(latent.moments(new, x)[1], np.sqrt(np.diag(expected)), atol=1e-9)
-    value = log_evidence(PARAMETERS, GROUPS, x, y, np.ones(40))[0]
+    value = log_evidence(PARAMETERS, observe(x, y))[0]
     assert value == pytest.approx(multivariate_normal(np.zeros(40), total).logpdf(y), abs=1e-8)
 
 
@@ -78,7 +87,7 @@ def test_posterior_equals_tinygp_in_float64():
 
     x, y = rows(30)
     new = rows(5, seed=1)[0]
-    latent = exact_posterior(PARAMETERS, GROUPS, x, y, np.ones(30))
+    latent = exact_posterior(PARAMETERS, observe(x, y))
 
     @jax.jit
     def condition(x, y, new):
@@ -92,7 +101,7 @@ def test_posterior_equals_tinygp_in_float64():
 
     with jax.enable_x64(True):
         evidence, mean, variance = map(np.asarray, condition(x, y, new))
-    assert log_evidence(PARAMETERS, GROUPS, x, y, np.ones(30))[0] == pytest.approx(evidence, abs=1e-6)
+    assert log_evidence(PARAMETERS, observe(x, y))[0] == pytest.approx(evidence, abs=1e-6)
     found_mean, found_deviation = latent.moments(new, x)
     np.testing.assert_allclose(found_mean, mean, atol=1e-6)
     np.testing.assert_allclose(found_deviation**2, variance, atol=1e-6)
@@ -107,9 +116,9 @@ def test_gradients_equal_finite_differences(seed):
     x, y = rows(30, seed=seed)
     weights = np.random.default_rng(seed).uniform(0.3, 3, 30)
     at = PARAMETERS + 0.3 * np.random.default_rng(seed).normal(size=5)
-    exact = lambda p: log_evidence(p, GROUPS, x, y, weights)  # noqa: E731
+    exact = lambda p: log_evidence(p, observe(x, y, weights))  # noqa: E731
     np.testing.assert_allclose(exact(at)[1], differences(exact, at), rtol=1e-6, atol=1e-6)
-    bound = lambda p: evidence_bound(p, GROUPS, x, y, weights, x[:9] + 0.1)  # noqa: E731
+    bound = lambda p: evidence_bound(p, observe(x, y, weights), x[:9] + 0.1)  # noqa: E731
     np.testing.assert_allclose(bound(at)[1], differences(bound, at), rtol=1e-4, atol=1e-4)
 
 
@@ -117,17 +126,17 @@ def test_sparse_with_every_row_as_inducing_point_is_exact():
     x, y = rows(50)
     weights = np.random.default_rng(0).uniform(0.3, 3, 50)
     new = rows(9, seed=1)[0]
-    exact = exact_posterior(PARAMETERS, GROUPS, x, y, weights).moments(new, x)
-    latent, bound = sparse_posterior(PARAMETERS, GROUPS, x, y, weights, x)
+    exact = exact_posterior(PARAMETERS, observe(x, y, weights)).moments(new, x)
+    latent, bound = sparse_posterior(PARAMETERS, observe(x, y, weights), x)
     np.testing.assert_allclose(latent.moments(new, x), exact, atol=1e-5)
-    value = log_evidence(PARAMETERS, GROUPS, x, y, weights)[0]
+    value = log_evidence(PARAMETERS, observe(x, y, weights))[0]
     assert bound == pytest.approx(value, abs=1e-3)
-    assert evidence_bound(PARAMETERS, GROUPS, x, y, weights, x)[0] == pytest.approx(bound, abs=1e-6)
+    assert evidence_bound(PARAMETERS, observe(x, y, weights), x)[0] == pytest.approx(bound, abs=1e-6)
 
 
 def test_the_bound_is_below_the_evidence_and_rises_with_inducing_points():
     x, y = rows(80)
-    data = (PARAMETERS, GROUPS, x, y, np.ones(80))
+    data = (PARAMETERS, observe(x, y))
     bounds = [evidence_bound(*data, inducing_points(COVARIANCE, x, count))[0] for count in (5, 20, 60)]
     assert bounds[0] < bounds[1] < bounds[2] < log_evidence(*data)[0]
 
@@ -147,7 +156,7 @@ def test_sparse_bound_streams_over_chunks(monkeypatch):
     from bayeslens.learners import sparse_gaussian_process as module
 
     x, y = rows(60)
-    data = (PARAMETERS, GROUPS, x, y, np.ones(60), x[:10])
+    data = (PARAMETERS, observe(x, y), x[:10])
     whole = module.sparse_posterior(*data)
     monkeypatch.setattr(module, "_CHUNK", 7)
     parts = module.sparse_posterior(*data)
@@ -161,7 +170,7 @@ def test_recovers_hyperparameters():
     covariance = Covariance(np.array([0.8, 6.0]), 1.0, 0.0)
     function = np.linalg.cholesky(covariance(x, x) + 1e-9 * np.eye(400)) @ generator.normal(size=400)
     y = 10 + 5 * (function + 0.2 * generator.normal(size=400))
-    predictive = GaussianProcess(num_draws=1).fit(x, y)
+    predictive = GaussianProcess(hyperparameters="map").fit(x, y)
     latent = predictive.latents[0]
     lengths = latent.covariance.lengths * x.std(0)  # the table standardizes
     assert 0.5 < lengths[0] < 1.3
@@ -171,11 +180,11 @@ def test_recovers_hyperparameters():
     assert np.sqrt(np.square(d.mean - 10 - 5 * function).mean()) < 0.6
 
 
-@pytest.mark.parametrize("num_draws", [1, 4])
-def test_joint_has_the_marginals_and_members_mix_to_them(num_draws):
+@pytest.mark.parametrize("hyperparameters, num_draws", [("map", 1), ("auto", 4)])
+def test_joint_has_the_marginals_and_members_mix_to_them(hyperparameters, num_draws):
     x, y = rows(60)
     new = rows(6, seed=1)[0]
-    predictive = GaussianProcess(num_draws=num_draws).fit(x, y)
+    predictive = GaussianProcess(hyperparameters=hyperparameters, num_draws=max(num_draws, 2)).fit(x, y)
     marginal, joint = predictive(new), predictive.joint(new)
     assert isinstance(marginal, dist.Normal if num_draws == 1 else dist.MixtureSameFamily)
     assert marginal.batch_shape == (6,) and joint.event_shape == (6,) and joint.batch_shape == ()
@@ -191,20 +200,87 @@ def test_joint_has_the_marginals_and_members_mix_to_them(num_draws):
 def test_draws_have_the_laplace_covariance():
     means, deviations, _ = hyperprior(1)
     precision = np.diag([4.0, 9.0, 1.0, 2.0]) + 0.5
-    draws = draw_hyperparameters(means, lambda p: (0.0, -precision @ (p - means)), 40_000)
+    draws = draw_by_laplace(means, lambda p: (0.0, -precision @ (p - means)), 40_000)
     np.testing.assert_allclose(draws.mean(0), means, atol=1e-10)
     expected = np.linalg.inv(precision + np.diag(1 / deviations**2))
     np.testing.assert_allclose(np.cov(draws.T), expected, atol=0.01)
+
+
+def test_the_traceable_evidence_is_the_closed_form_up_to_a_constant():
+    x, y = rows(30)
+    observations = observe(x, y, np.random.default_rng(0).uniform(0.3, 3, 30))
+    points = PARAMETERS + 0.3 * np.random.default_rng(1).normal(size=(4, 5))
+    host = [log_evidence(p, observations) for p in points]
+    with jax.enable_x64(True):
+        values, gradients = jax.jit(jax.vmap(jax.value_and_grad(lambda p: traceable_log_evidence(p, observations))))(
+            points
+        )
+    np.testing.assert_allclose(np.diff(values), np.diff([value for value, _ in host]), atol=1e-8)
+    np.testing.assert_allclose(gradients, [gradient for _, gradient in host], atol=1e-8)
+
+
+def quadrature(x, y, weights):
+    """Means and standard deviations of the four log hyperparameters of a table with one input, on a dense grid."""
+    means, deviations, bounds = hyperprior(1)
+    axes = [np.linspace(m - 5 * d, m + 5 * d, 25) for m, d in zip(means, deviations, strict=True)]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 4)
+    logs = []
+    for part in np.array_split(points, 200):
+        length, smooth, linear, noise = np.exp(np.clip(part, *bounds.T)).T[..., None, None]
+        a = np.sqrt(5) * np.abs(x - x.T) / length
+        total = (
+            smooth**2 * (1 + a + a**2 / 3) * np.exp(-a) + linear**2 * (x @ x.T) + 1 + noise**2 * np.diag(1 / weights)
+        )
+        square = (y * np.linalg.solve(total, np.broadcast_to(y[:, None], (len(part), len(y), 1)))[..., 0]).sum(-1)
+        repeats = (weights.sum() - len(y)) * np.log(noise[:, 0, 0])
+        log_prior = -0.5 * np.square((part - means) / deviations).sum(1)
+        logs.append(log_prior - 0.5 * square - 0.5 * np.linalg.slogdet(total)[1] - repeats)
+    share = np.exp(np.concatenate(logs) - np.max(np.concatenate(logs)))
+    share /= share.sum()
+    center = share @ points
+    return center, np.sqrt(share @ np.square(points - center))
+
+
+def test_nuts_draws_from_the_posterior_of_the_hyperparameters():
+    # Eight z-scores of at most 4.5: a correct sampler fails for one key in 20,000.
+    x = np.array([-1.5, -0.8, -0.2, 0.4, 0.9, 1.6])[:, None]
+    y, weights = np.array([-1.0, 0.7, 1.2, 0.3, -0.9, -0.4]), np.array([1.0, 2, 1, 1, 0.5, 1])
+    center, deviation = quadrature(x, y, weights)
+    observations = Observations(np.zeros(1, int), x, y, weights)
+    best = optimize_hyperparameters(observations)
+    draws = draw_by_nuts(best, observations, 2000, key=jax.random.key(0)).reshape(2, 1000, 4)
+    for values, expected in ((draws, center), (np.square(draws - center), deviation**2)):
+        error = values.std((0, 1)) / np.sqrt(effective_sample_size(values))
+        assert np.abs((values.mean((0, 1)) - expected) / error).max() < 4.5
+    # Laplace's approximation is not that posterior: the same check refuses it.
+    laplace = draw_by_laplace(best, lambda p: log_evidence(p, observations), 4000)
+    assert np.abs((laplace.mean(0) - center) / (laplace.std(0) / np.sqrt(4000))).max() > 4.5
+
+
+def test_each_draw_of_nuts_is_a_member():
+    x, y = rows(15, inputs=1)
+    new = rows(6, inputs=1, seed=1)[0]
+    learner = GaussianProcess(hyperparameters="nuts", num_draws=12)
+    predictive = learner.fit(x, y, key=jax.random.key(0))
+    assert len({latent.noise for latent in predictive.latents}) == 12
+    members, weights = predictive.members(new)
+    assert members.batch_shape == (60, 6) and weights.sum() == pytest.approx(1)
+    mean, variance = mean_and_variance(predictive(new))
+    np.testing.assert_allclose(weights @ members.loc, mean, atol=1e-6)
+    mode_mean, mode_variance = mean_and_variance(GaussianProcess(hyperparameters="map").fit(x, y)(new))
+    assert (np.abs(mean - mode_mean) < np.sqrt(mode_variance)).all()
+    np.testing.assert_allclose(variance, mode_variance, rtol=1.0)
 
 
 def test_averaging_over_hyperparameters_helps_small_tables():
     x, y = rows(400, inputs=8)
     new, y_new = rows(300, inputs=8, seed=1)
     scores = {}
-    for draws in (1, 8):
-        fits = [GaussianProcess(num_draws=draws).fit(x[i : i + 25], y[i : i + 25]) for i in range(0, 400, 25)]
-        scores[draws] = np.mean([mean_score(fit, new, y_new) for fit in fits])
-    assert scores[8] > scores[1]
+    for choice in ("map", "auto"):
+        learner = GaussianProcess(hyperparameters=choice)
+        fits = [learner.fit(x[i : i + 25], y[i : i + 25]) for i in range(0, 400, 25)]
+        scores[choice] = np.mean([mean_score(fit, new, y_new) for fit in fits])
+    assert scores["auto"] > scores["map"]
 
 
 def test_predictions_of_folds_can_be_joined_whatever_their_size():
@@ -220,19 +296,29 @@ def test_a_weight_of_two_is_a_repeated_row_and_zero_is_none():
     weights[:10], weights[10:15] = 2, 0
     repeated = np.concatenate([np.arange(10), np.arange(10), np.arange(15, 40)])
     new = rows(6, seed=1)[0]
-    ones = exact_posterior(PARAMETERS, GROUPS, x[repeated], y[repeated], np.ones(45))
+    ones = exact_posterior(PARAMETERS, observe(x[repeated], y[repeated]))
     kept = weights > 0
-    weighted = exact_posterior(PARAMETERS, GROUPS, x[kept], y[kept], weights[kept])
+    weighted = exact_posterior(PARAMETERS, observe(x[kept], y[kept], weights[kept]))
     np.testing.assert_allclose(weighted.moments(new, x[kept]), ones.moments(new, x[repeated]), atol=1e-8)
     values = [
-        log_evidence(PARAMETERS, GROUPS, x[repeated], y[repeated], np.ones(45))[0],
-        log_evidence(PARAMETERS, GROUPS, x[kept], y[kept], weights[kept])[0],
+        log_evidence(PARAMETERS, observe(x[repeated], y[repeated]))[0],
+        log_evidence(PARAMETERS, observe(x[kept], y[kept], weights[kept]))[0],
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-8)
-    doubled = GaussianProcess(num_draws=1).fit(np.concatenate([x, x]), np.concatenate([y, y]))
-    heavy = GaussianProcess(num_draws=1).fit(x, y, weights=np.full(40, 2.0))
-    np.testing.assert_allclose(heavy(new).mean, doubled(new).mean, atol=0.02)
-    assert heavy.log_evidence == pytest.approx(doubled.log_evidence, abs=0.05)
+
+
+@pytest.mark.parametrize("hyperparameters", ["map", "auto"])
+def test_a_fit_takes_a_weight_of_two_as_a_repeated_row_and_zero_as_none(hyperparameters):
+    x, y = rows(40)
+    x[15:, 0] += 3  # means and scales of the columns depend on the weights, too
+    weights = np.ones(40)
+    weights[:10], weights[10:15] = 2, 0
+    repeated = np.concatenate([np.arange(10), np.arange(10), np.arange(15, 40)])
+    learner = GaussianProcess(hyperparameters=hyperparameters)
+    heavy, doubled = learner.fit(x, y, weights=weights), learner.fit(x[repeated], y[repeated])
+    new = rows(6, seed=1)[0]
+    np.testing.assert_allclose(mean_and_variance(heavy(new)), mean_and_variance(doubled(new)), rtol=1e-6, atol=1e-6)
+    assert heavy.log_evidence == pytest.approx(doubled.log_evidence, abs=1e-6)
 
 
 def test_not_worse_than_scikit_learn_on_diabetes():
@@ -323,7 +409,7 @@ def test_odd_tables(x, y):
     assert np.isfinite(factors).all()
     groups = input_groups(predictive.table)
     inputs = predictive.table.dense(x).astype(float)
-    latent = fit_sparse(groups, inputs, y - y.mean(), np.ones(len(y)), 4)[1]
+    latent = fit_sparse(Observations(groups, inputs, y - y.mean(), np.ones(len(y))), 4)[1]
     assert np.isfinite(latent.root).all()
 
 
@@ -344,6 +430,14 @@ def test_bad_input_is_refused():
         GaussianProcess().fit(x, y, weights=np.ones(3))
     with pytest.raises(InputError, match="not numeric"):
         GaussianProcess().fit(x, ["a", "b"] * 5)
+    with pytest.raises(InputError, match="use auto, map or nuts"):
+        GaussianProcess(hyperparameters="mcmc").fit(x, y)
+    with pytest.raises(InputError, match="hyperparameters='map'"):
+        GaussianProcess(num_draws=1).fit(x, y)
+    with pytest.raises(InputError, match="give fit a key"):
+        GaussianProcess(hyperparameters="nuts").fit(x, y)
+    with pytest.raises(InputError, match="at most 5 rows, got 10"):
+        GaussianProcess(hyperparameters="nuts", max_exact_rows=5).fit(x, y, key=jax.random.key(0))
     with pytest.raises(InputError, match="not finite"):
         cholesky(np.full((2, 2), np.nan))
     means, _, bounds = hyperprior(3)

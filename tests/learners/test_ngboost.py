@@ -13,8 +13,9 @@ from scipy import stats
 from bayeslens.core.errors import InputError
 from bayeslens.core.table import Table
 from bayeslens.learners.boosted_trees import export_trees
+from bayeslens.learners.natural_gradient import marginal_parameters, natural_gradient
 from bayeslens.learners.ngboost import NGBoost
-from bayeslens.learners.ngboost_families import NAMES, family_of, marginal_parameters, natural_gradient
+from bayeslens.learners.ngboost_families import NAMES, family_of
 
 KEY = jax.random.key(0)
 # Each family's log density as NumPyro has it, of unconstrained parameters.
@@ -177,7 +178,7 @@ def test_exported_trees_equal_lightgbm():
     features = np.c_[x, code]
     data = lgb.Dataset(features, y, categorical_feature=[3])
     booster = lgb.train({"objective": "regression", "boost_from_average": False, "verbose": -1}, data, 40)
-    trees = export_trees(booster, 1, 40)
+    trees = export_trees([booster], [40])
     new = features.copy()
     new[:50, 3] = 40  # unseen categories
     new[50:100, 3] = np.nan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -76,12 +78,41 @@ def test_dates_order_rows():
     assert holdout_rows(5, seed=0, time=time)[1].tolist() == [3]
 
 
-def test_ties_in_time_keep_the_order():
-    time = np.repeat(np.arange(10), 10)
-    for train, test in [holdout_rows(100, seed=0, time=time, share=0.25), *folds(
-        Target.from_values(RNG.normal(size=100)), num_folds=3, seed=0, time=time
-    )]:  # fmt: skip
-        assert time[train].max() <= time[test].min()
+@pytest.mark.parametrize("tied", [1, 3, 10, 50])
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.9])
+def test_no_split_cuts_through_a_time(tied, share):
+    # Shuffled, so that a time is not one block of rows.
+    time = RNG.permutation(np.arange(100) // tied)
+    numbers = Target.from_values(RNG.normal(size=100))
+    parts = folds(numbers, num_folds=3, seed=0, time=time)
+    for train, test in [holdout_rows(100, seed=0, time=time, share=share), *parts]:
+        assert time[train].max() < time[test].min()
+        assert len(set(train)) == len(train) and not set(train) & set(test)
+    for (train, test), (later, _) in itertools.pairwise(parts):
+        assert sorted([*train, *test]) == list(later)
+    assert sorted(np.concatenate(parts[-1])) == list(range(100))
+
+
+def test_cuts_are_the_nearest_between_two_times():
+    # Times of 50, 20, 20 and 10 rows: cuts are possible at 50, 70 and 90.
+    time = np.repeat([1, 2, 3, 4], [50, 20, 20, 10])
+    for share, expected in [(0.05, 10), (0.19, 10), (0.21, 30), (0.35, 30), (0.45, 50), (0.99, 50)]:
+        assert len(holdout_rows(100, seed=0, time=time, share=share)[1]) == expected
+    numbers = Target.from_values(RNG.normal(size=100))
+    # Without ties the cuts of three folds would be at 25, 50 and 75.
+    assert [len(train) for train, _ in folds(numbers, num_folds=3, seed=0, time=time)] == [50, 70]
+    assert [len(train) for train, _ in folds(numbers, num_folds=9, seed=0, time=time)] == [50, 70, 90]
+
+
+def test_without_ties_folds_are_those_of_scikit_learn():
+    from sklearn.model_selection import TimeSeriesSplit
+
+    for rows, num_folds in [(103, 5), (7, 5), (3, 5), (10, 3)]:
+        found = folds(Target.from_values(np.arange(rows) ** 1.5), num_folds=num_folds, seed=0, time=np.arange(rows))
+        expected = list(TimeSeriesSplit(min(num_folds, rows - 1)).split(np.zeros(rows)))
+        assert len(found) == len(expected)
+        for got, wanted in zip(found, expected, strict=True):
+            assert got[0].tolist() == wanted[0].tolist() and got[1].tolist() == wanted[1].tolist()
 
 
 def test_holdout_share():
@@ -109,3 +140,9 @@ def test_refused():
         folds(NUMBERS, num_folds=5, seed=0, groups=np.zeros(103))
     with pytest.raises(InputError, match="4 entries for 103 rows"):
         folds(NUMBERS, num_folds=5, seed=0, time=np.arange(4))
+    with pytest.raises(InputError, match="all 5 rows have the same time, 2024"):
+        holdout_rows(5, seed=0, time=np.full(5, 2024))
+    with pytest.raises(InputError, match="the same time"):
+        folds(NUMBERS, num_folds=5, seed=0, time=np.zeros(103))
+    with pytest.raises(InputError, match="1 missing values"):
+        holdout_rows(3, seed=0, time=np.array([1.0, np.nan, 2.0]))

@@ -89,7 +89,7 @@ def test_out_of_fold_never_sees_its_row():
 
     target = Target.from_values(Y)
     splits = folds(target, num_folds=4, seed=1)
-    rows, predicted, fitted = out_of_fold(Mean(), X, target, splits, KEY)
+    rows, predicted, fitted, _ = out_of_fold(Mean(), X, target, splits, KEY)
     assert sorted(rows) == list(range(60)) and len(fitted) == 4
     for (train, test), predictive in zip(splits, fitted, strict=True):
         assert predictive.loc == pytest.approx(Y[train].mean())

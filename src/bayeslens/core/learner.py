@@ -1,15 +1,18 @@
 """Kernels, learners and predictives: conditional distributions, and how they are made from data."""
 
 import abc
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Float
 from numpyro.distributions import Distribution
 
+from bayeslens.core.errors import InputError
 from bayeslens.core.mixture import mix_members
-from bayeslens.core.table import Table
+from bayeslens.core.table import Table, Target, take
 
 
 class Kernel(eqx.Module):
@@ -83,3 +86,39 @@ class Learner(eqx.Module):
             key: a `jax.random.key`; learners without randomness ignore it.
             weights: shape (rows,), where `takes` has it: how much each row counts.
         """
+
+    def fit_folds(
+        self, X: Any, target: Target, splits: Sequence[tuple], *, key: Any, weights: Any = None
+    ) -> tuple[list[Predictive], Callable[[Any], Predictive]]:
+        """Fit on the training rows of every split of a cross-validation.
+
+        Learners that choose a setting by cross-validation of their own override this, to choose it once for all.
+
+        Args:
+            X: rows.
+            target: of all rows.
+            splits: pairs of training and held-out row numbers.
+            key: a `jax.random.key`.
+            weights: of all rows.
+
+        Returns:
+            The predictive of each split, and a function of a key that fits on all rows.
+
+        Raises:
+            InputError: weights for a learner that takes none.
+        """
+        keys = jax.random.split(key, len(splits))
+        fitted = [fit_rows(self, X, target, rows, k, weights) for k, (rows, _) in zip(keys, splits, strict=True)]
+        return fitted, lambda key: fit_rows(self, X, target, None, key, weights)
+
+
+def fit_rows(learner: Learner, X: Any, target: Target, rows: np.ndarray | None, key: Any, weights: Any) -> Predictive:
+    """Fit on some rows, with weights where the learner takes them."""
+    arguments = {"key": key}
+    if weights is not None:
+        if "weights" not in learner.takes:
+            raise InputError(f"{type(learner).__name__} does not take weights")
+        arguments["weights"] = weights if rows is None else weights[rows]
+    if rows is None:
+        return learner.fit(X, target, **arguments)
+    return learner.fit(take(X, rows), target.rows(rows), **arguments)

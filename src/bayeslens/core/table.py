@@ -470,3 +470,12 @@ def rounding_step(values: Sequence[float]) -> float | None:
             # A lattice matters only when values share cells: few repeats on a fine lattice are chance.
             return step if step == 1.0 or len(distinct) < 0.9 * len(values) else None
     return None
+
+
+def take(X: Any, rows: np.ndarray) -> Any:
+    """Some rows of a frame or an array.
+
+    >>> take(np.arange(6).reshape(3, 2), np.array([2, 0])).tolist()
+    [[4, 5], [0, 1]]
+    """
+    return X.iloc[rows] if hasattr(X, "iloc") else np.asarray(X)[rows]

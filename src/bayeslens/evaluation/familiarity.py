@@ -26,14 +26,19 @@ class Familiarity(eqx.Module):
     distances: Float[np.ndarray, " rows"]
 
     @classmethod
-    def fit(cls, data: Any, *, seed: int = 0) -> Familiarity:
+    def fit(cls, data: Any, *, weights: Any = None, seed: int = 0) -> Familiarity:
         """Keep at most 2,000 training rows as reference.
+
+        Args:
+            data: the training rows, a frame or an array.
+            weights: how much each row counts in the means and scales of the features, shape (rows,); None is alike.
+            seed: of the choice of reference rows.
 
         >>> f = Familiarity.fit(np.random.default_rng(0).normal(size=(200, 2)))
         >>> f.unfamiliar(np.array([[0.0, 0.0], [50.0, -50.0]])).tolist()
         [False, True]
         """
-        table = Table.from_data(data)
+        table = Table.from_data(data, weights)
         rows = len(data)
         kept = np.sort(np.random.default_rng(seed).permutation(rows)[:_REFERENCE_ROWS])
         reference = table.dense(data.iloc[kept] if hasattr(data, "iloc") else np.asarray(data)[kept])

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpyro.distributions import Distribution
 
-from bayeslens.core.distribution import take_rows
+from bayeslens.core.distribution import concatenate, take_rows
 from bayeslens.core.errors import InputError
-from bayeslens.core.learner import Learner, Predictive
+from bayeslens.core.learner import Learner, Predictive, fit_rows
 from bayeslens.core.mixture import mix
 from bayeslens.core.quantile import quantile
 from bayeslens.core.table import Table, Target
@@ -23,10 +23,9 @@ from bayeslens.evaluation.familiarity import Familiarity
 from bayeslens.evaluation.scores import LEVELS, brier_loss, crps_loss_from_quantiles, log_score, pit
 from bayeslens.learners.result import Audit, audit
 from bayeslens.learners.splits import folds
-from bayeslens.learners.stacking import StackedPredictive, fit_rows, out_of_fold, stacking_weights
+from bayeslens.learners.stacking import StackedPredictive, out_of_fold, stacking_weights
 
 _CRPS_ROWS = 2000  # rows on which a cross-validated CRPS is computed: enough for two digits
-_KEPT_SCORES = 5000
 _REFIT_ROWS = 100_000  # above this, the learner trained on the larger part is kept
 _PILOT_ROWS = 20_000
 
@@ -153,14 +152,14 @@ class Auto(Learner):
         distributions = [t["distribution"] for t in done]
         crossfit, held_out = _calibrate_across_folds(distributions, [t["scores"] for t in done], splits, target, rows)
         recalibration, set_scores = _calibrate(mix(distributions, mixed), target, rows)
-        kept = [t for t, w in zip(done, mixed, strict=True) if w >= 0.005 or w == mixed.max()]
-        share = np.array([w for w in mixed if w >= 0.005 or w == mixed.max()])
+        heavy = np.flatnonzero((mixed >= 0.005) | (mixed == mixed.max()))
+        share = mixed[heavy]
+        refit = len(target.values) <= _REFIT_ROWS
         fitted = []
-        for number, t in enumerate(kept):
+        for number, t in enumerate(done[i] for i in heavy):
             progress(f"fitting {t['learner']} on all rows")
-            refit = len(target.values) <= _REFIT_ROWS or len(splits) > 1
             again = jax.random.fold_in(key, 1000 + number)
-            fitted.append(fit_rows(t["model"], X, target, None, again, weights) if refit else t["fitted"][0])
+            fitted.append(t["refit"](again) if refit else t["fitted"][0])
         board = _leaderboard(tried, done, mixed, crossfit, held_out, target, rows, self.coverage)
         return AutoPredictive(
             table=fitted[0].table,
@@ -196,12 +195,11 @@ def _try_all(
                 if pilot > remaining:
                     entry["note"] = f"skipped: it would take about {pilot:.0f} s, with {remaining:.0f} s left"
                     continue
-            rows, distribution, fitted = out_of_fold(model, X, target, splits, jax.random.fold_in(key, number), weights)
+            found = out_of_fold(model, X, target, splits, jax.random.fold_in(key, number), weights)
         except InputError as error:
             entry["note"] = f"skipped: {error}"
             continue
-        scores = log_score(distribution, target.values[rows], target.step)
-        entry |= {"rows": rows, "distribution": distribution, "fitted": fitted, "scores": scores}
+        entry |= found._asdict() | {"scores": log_score(found.distribution, target.values[found.rows], target.step)}
         entry["seconds"] = time.perf_counter() - began
     return tried
 
@@ -236,10 +234,8 @@ def _calibrate_across_folds(
     """What stacking and recalibration predict for rows they did not see: learned on all other folds.
 
     With a single split, the held-out rows are halved at random. Returns the distributions in the order of `rows`,
-    and for classes each row's conformal scores of the rows it may be compared with (one array per part).
+    and for classes the sorted conformal scores of all parts.
     """
-    from bayeslens.core.distribution import concatenate
-
     part = np.concatenate([np.full(len(test), i) for i, (_, test) in enumerate(splits)])
     if len(splits) == 1:
         part = np.random.default_rng(0).permutation(np.arange(len(rows)) % 2)
@@ -252,9 +248,9 @@ def _calibrate_across_folds(
         mixed = mix([take_rows(d, inside) for d in distributions], weights)
         pieces.append(recalibration(mixed))
         order.append(inside)
-        thresholds.append(np.full((len(inside), 0), 0.0) if target.classes is None else set_scores)
+        thresholds.append(set_scores)
     back = np.argsort(np.concatenate(order))
-    return take_rows(concatenate(pieces), back), np.sort(np.concatenate([t.ravel() for t in thresholds]))
+    return take_rows(concatenate(pieces), back), np.sort(np.concatenate(thresholds))
 
 
 def _leaderboard(

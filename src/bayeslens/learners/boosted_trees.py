@@ -5,6 +5,8 @@ Model text of LightGBM is never loaded: damaged text can end the process. Arrays
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -16,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bayeslens.core.errors import InputError
 
 _CHUNK = 4096  # rows evaluated at once on the host
+_NOTHING = {"num_leaves": "1", "leaf_value": "0"}  # a tree that adds nothing
 _CELLS = 1 << 18  # comparisons held at once, in bytes: they stay in the processor's cache
 
 
@@ -178,15 +181,14 @@ class _Plan(eqx.Module):
         return planes
 
 
-def export_trees(booster: Any, num_outputs: int, num_rounds: int) -> BoostedTrees:
-    """The trees of a LightGBM booster that was fitted in this process, on float32 features.
+def export_trees(boosters: Sequence[Any], rounds: Sequence[int]) -> BoostedTrees:
+    """The trees of LightGBM boosters that were fitted in this process, on float32 features.
 
     As in LightGBM, a feature that had no missing value in training takes one for zero.
 
     Args:
-        booster: a `lightgbm.Booster` without linear leaves; None when no feature could be split.
-        num_outputs: trees of a round.
-        num_rounds: rounds to keep, from the first; at most those that were grown.
+        boosters: a `lightgbm.Booster` of one output and without linear leaves for each output; None has no trees.
+        rounds: how many trees of each to keep, from the first; at most those that were grown.
 
     Raises:
         InputError: linear leaves, or zeros that stand for missing values.
@@ -195,12 +197,11 @@ def export_trees(booster: Any, num_outputs: int, num_rounds: int) -> BoostedTree
     >>> x = np.arange(40.0)[:, None]
     >>> settings = {"min_data_in_leaf": 5, "verbose": -1, "num_threads": 1}
     >>> booster = lightgbm.train(settings, lightgbm.Dataset(x, x[:, 0]), 3)
-    >>> bool(np.allclose(export_trees(booster, 1, 3)(x)[:, 0], booster.predict(x), atol=1e-6))
+    >>> bool(np.allclose(export_trees([booster], [3])(x)[:, 0], booster.predict(x), atol=1e-6))
     True
     """
-    grown = booster is not None and num_rounds > 0
-    text = booster.model_to_string(num_iteration=num_rounds, importance_type="split") if grown else ""
-    blocks = [dict(line.split("=", 1) for line in b.splitlines() if "=" in line) for b in text.split("\nTree=")[1:]]
+    grown = [_described(booster, count) for booster, count in zip(boosters, rounds, strict=True)]
+    blocks = [b for each in itertools.zip_longest(*grown, fillvalue=_NOTHING) for b in each]
     count = len(blocks)
     leaves = max((int(b["num_leaves"]) for b in blocks), default=1)
     splits = max(leaves - 1, 1)
@@ -239,8 +240,16 @@ def export_trees(booster: Any, num_outputs: int, num_rounds: int) -> BoostedTree
         leaves_if_left=if_left,
         leaves_if_right=if_right,
         values=stacked("leaf_value", leaves, np.float64),
-        num_outputs=num_outputs,
+        num_outputs=len(boosters),
     )
+
+
+def _described(booster: Any, rounds: int) -> list[dict[str, str]]:
+    """Each tree's fields in LightGBM's text form."""
+    if booster is None or rounds == 0:
+        return []
+    text = booster.model_to_string(num_iteration=rounds, importance_type="split")
+    return [dict(line.split("=", 1) for line in b.splitlines() if "=" in line) for b in text.split("\nTree=")[1:]]
 
 
 def _possible_leaves(left: np.ndarray, right: np.ndarray, leaves: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,13 +12,12 @@ from scipy.special import ndtri
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
-from bayeslens.core.table import Table, Target
+from bayeslens.core.table import Table, Target, take
 from bayeslens.core.transformed import QuantileDistribution
 from bayeslens.evaluation.conformal import conformal_threshold
 from bayeslens.learners.boosted_trees import BoostedTrees, export_trees
 from bayeslens.learners.linear import check_weights
 from bayeslens.learners.splits import holdout_rows
-from bayeslens.learners.stacking import take
 
 _HELD_OUT_SHARE = 0.25
 _LEAVES = 8
@@ -68,11 +67,12 @@ class ConformalizedQuantiles(Learner):
             raise InputError(f"conformalized quantiles need at least 8 rows with positive weight, got {len(used)}")
         if len(used) < len(weights):
             X, target, weights = take(X, used), target.rows(used), weights[used]
-        table = Table.from_data(X)
+        weights = weights / weights.mean()  # LightGBM interpolates between rows by whether weights exceed 1
+        table = Table.from_data(X, weights)
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
         train, held_out = holdout_rows(len(used), seed=seed, share=_HELD_OUT_SHARE)
         levels = levels[np.minimum(levels, 1 - levels) * (len(held_out) + 1) >= 1 - 1e-9]
-        center, scale = float(np.median(target.values)), float(target.values.std() or 1.0)
+        center, scale = _standardize(target.values, weights)
         y, features = (target.values - center) / scale, table.trees(X)
         trees = tuple(
             _boost(features[train], y[train], weights[train], level, self.num_trees, table.categorical_features)
@@ -95,6 +95,12 @@ def _check_levels(levels: Any) -> Float[np.ndarray, " levels"]:
     return array
 
 
+def _standardize(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Weighted median and standard deviation of the target (1 where it does not vary)."""
+    center = np.quantile(values, 0.5, weights=weights, method="inverted_cdf")
+    return float(center), float(np.sqrt(np.cov(values, ddof=0, aweights=weights)) or 1.0)
+
+
 def _boost(
     x: np.ndarray, y: np.ndarray, weights: np.ndarray, level: float, num_trees: int, categorical: tuple[int, ...]
 ) -> BoostedTrees:
@@ -113,7 +119,7 @@ def _boost(
         "verbosity": -1,
     }
     data = lightgbm.Dataset(x, y, weight=weights, categorical_feature=list(categorical), params={"verbosity": -1})
-    return export_trees(lightgbm.train(settings, data, num_trees), 1, num_trees)
+    return export_trees([lightgbm.train(settings, data, num_trees)], [num_trees])
 
 
 def _stack(trees: tuple[BoostedTrees, ...], features: np.ndarray) -> Float[np.ndarray, "rows levels"]:

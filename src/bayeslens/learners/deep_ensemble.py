@@ -15,9 +15,8 @@ from numpyro.distributions import Distribution
 from bayeslens.core.distribution import bucket, pad_rows
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
-from bayeslens.core.table import Table, Target
+from bayeslens.core.table import Table, Target, take
 from bayeslens.learners.linear import check_weights
-from bayeslens.learners.stacking import take
 
 _HELD_OUT_SHARE = 0.2
 _MAX_HELD_OUT = 2048  # rows: a held-out log score is then known to about 0.02
@@ -73,7 +72,7 @@ class DeepEnsemble(Learner):
             raise InputError(f"a deep ensemble needs at least 4 rows with positive weight, got {len(used)}")
         if len(used) < len(weights):
             X, target, weights = take(X, used), target.rows(used), weights[used]
-        table, size = Table.from_data(X), bucket(len(used))
+        table, size = Table.from_data(X, weights), bucket(len(used))
         features = table.dense(X)
         num_classes = None if target.classes is None else len(target.classes)
         values, location, scale, head = _standardize(target.values, weights, num_classes)

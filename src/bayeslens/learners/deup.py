@@ -10,15 +10,15 @@ from jaxtyping import Float
 from numpyro.distributions import Distribution
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.learner import Learner, Predictive
+from bayeslens.core.learner import Learner, Predictive, fit_rows
 from bayeslens.core.quantile import mean_and_variance
-from bayeslens.core.table import Table, Target
+from bayeslens.core.table import Table, Target, take
 from bayeslens.evaluation.familiarity import Familiarity
 from bayeslens.evaluation.scores import log_score
 from bayeslens.evaluation.uncertainty import entropy_split, variance_split
+from bayeslens.learners.linear import check_weights
 from bayeslens.learners.ngboost import NGBoost
 from bayeslens.learners.splits import folds
-from bayeslens.learners.stacking import fit_rows, take
 
 _LEAST_SHARE = 1e-2  # of the mean loss: added before the logarithm, so that lucky hits do not rule the fit
 _LEAST_DISTANCE = 1e-2  # standard deviations: rows nearer than this are all near
@@ -64,20 +64,25 @@ class DEUP(Learner):
         return frozenset(self.base.takes) & frozenset(self.error.takes) & {"weights"}
 
     def fit(self, X: Any, y: Any, *, key: Any, weights: Any = None) -> DEUPPredictive:
-        """See `Learner.fit`.
+        """See `Learner.fit`; weights count in both learners and in the mean loss.
 
         Raises:
-            InputError: an error learner that cannot do regression, noise below 0, or too few rows for the folds.
+            InputError: an error learner that cannot do regression, noise below 0, too few rows for the folds, or
+                weights that do not fit.
         """
         if "regression" not in self.error.tasks:
             raise InputError(f"the error learner has to predict numbers, {type(self.error).__name__} does not")
         if isinstance(self.noise, int | float) and not self.noise >= 0:
             raise InputError(f"noise is an expected loss: it must be at least 0, got {self.noise}")
         target = Target.from_values(y, next(iter(self.tasks)) if len(self.tasks) == 1 else "auto")
-        table = Table.from_data(X)
+        if weights is not None:
+            weights = check_weights(weights, len(target.values))
+            used = np.flatnonzero(weights > 0)  # a row that counts for nothing is not there
+            X, target, weights = take(X, used), target.rows(used), weights[used]
+        table = Table.from_data(X, weights)
         rows, features, losses = self._held_out(table, X, target, key, weights)
-        least = _LEAST_SHARE * losses.mean() + 1e-300
-        counted = None if weights is None else np.asarray(weights, np.float64)[rows]
+        counted = None if weights is None else weights[rows]
+        least = _LEAST_SHARE * np.average(losses, weights=counted) + 1e-300
         error = fit_rows(
             self.error,
             features,
@@ -91,7 +96,7 @@ class DEUP(Learner):
             table=table,
             base=fit_rows(self.base, X, target, None, jax.random.fold_in(key, 0), weights),
             error=error,
-            familiarity=Familiarity.fit(X),
+            familiarity=Familiarity.fit(X, weights=weights),
             noise=self.noise,
             factor=float(np.average(losses, weights=counted) / np.average(fitted, weights=counted)),
             classes=target.classes,
@@ -105,7 +110,8 @@ class DEUP(Learner):
             seed = int(jax.random.randint(round_key, (), 0, 2**31 - 1))
             for number, (train, test) in enumerate(folds(target, num_folds=count, seed=seed)):
                 fitted = fit_rows(self.base, X, target, train, jax.random.fold_in(round_key, number), weights)
-                seen, held_out = Familiarity.fit(take(X, train)), take(X, test)
+                counted = None if weights is None else weights[train]
+                seen, held_out = Familiarity.fit(take(X, train), weights=counted), take(X, test)
                 features.append(_features(table, fitted, seen, held_out))
                 losses.append(_loss(fitted(held_out), target.rows(test)))
                 rows.append(test)

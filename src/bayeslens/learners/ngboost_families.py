@@ -1,10 +1,7 @@
 """Distribution families for natural gradient boosting: parameters, losses, gradients and metrics, in plain NumPy.
 
-A family maps unconstrained parameters, shape (rows, parameters), to a NumPyro distribution. Its natural gradient is
-the gradient of the loss multiplied by the inverse of the metric that the loss induces: the Fisher information for the
-log score, 2 times the integral of dF dF' for the CRPS (Duan et al. 2020). Everything is vectorized NumPy, since
-boosting calls it once a round; tests hold each gradient against automatic differentiation, and each metric against
-quadrature.
+A family maps unconstrained parameters, shape (rows, parameters), to a NumPyro distribution. Tests hold each gradient
+against automatic differentiation, and each metric against quadrature.
 """
 
 from __future__ import annotations
@@ -15,116 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Bool, Float
 from numpyro.distributions import Distribution
 from scipy import special
 
 from bayeslens.core.distribution import build
 from bayeslens.core.errors import InputError
 from bayeslens.core.quantile import backend
+from bayeslens.learners.natural_gradient import Family
 
 _LOG_DF = (np.log(1.1), np.log(300.0))  # a Student t beyond this range is Cauchy-like, or normal
 _SQRT_PI = np.sqrt(np.pi)
 
 
-class Family(NamedTuple):
-    """One family under one score.
-
-    Attributes:
-        start: a rough marginal fit, from targets and weights, shape (parameters,).
-        loss: loss of every row from targets, parameters and the mask of censored rows.
-        gradient: from the same, the gradient of the loss, shape (rows, parameters), and the metric: its diagonal,
-            shape (rows, parameters), or in full, (rows, parameters, parameters).
-        distribution: the NumPyro distribution of parameters.
-        check: raises on targets outside the support.
-        rate: index of the parameter that a log exposure is added to, or None.
-        censoring: whether right-censored rows are understood.
-        spread: whether the parameters after the first say how far the target spreads.
-    """
-
-    start: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    loss: Callable[[np.ndarray, np.ndarray, Any], np.ndarray]
-    gradient: Callable[[np.ndarray, np.ndarray, Any], tuple[np.ndarray, np.ndarray]]
-    distribution: Callable[[np.ndarray], Distribution]
-    check: Callable[[np.ndarray], None] = lambda y: None
-    rate: int | None = None
-    censoring: bool = False
-    spread: bool = True
-
-
-def natural_gradient(
-    family: Family,
-    y: Any,
-    theta: Float[np.ndarray, "rows parameters"],
-    censored: Bool[np.ndarray, " rows"] | None = None,
-) -> Float[np.ndarray, "rows parameters"]:
-    """The metric's inverse times the gradient of the loss.
-
-    >>> family = family_of("normal")
-    >>> natural_gradient(family, np.array([3.0]), np.array([[1.0, 0.0]])).tolist()
-    [[-2.0, -1.5]]
-    """
-    gradient, metric = family.gradient(y, theta, censored)
-    if metric.ndim == 2:
-        return gradient / metric
-    ridge = 1e-9 * np.trace(metric, axis1=1, axis2=2)[:, None, None] * np.eye(metric.shape[-1])
-    return np.linalg.solve(metric + ridge, gradient[..., None])[..., 0]
-
-
-def marginal_parameters(family: Family, y: Any, weights: Any, censored: Any = None) -> Float[np.ndarray, " parameters"]:
-    """Maximum likelihood (or least CRPS) of one distribution for all rows, by damped Fisher scoring.
-
-    >>> marginal_parameters(family_of("poisson"), np.array([1.0, 3.0]), np.ones(2)).round(4).tolist()
-    [0.6931]
-    """
-    keep = np.linspace(0, len(y) - 1, min(len(y), 20_000)).round().astype(int)
-    y, weights = y[keep], weights[keep]
-    start = family.start(y, weights)
-    nothing = np.zeros((len(y), len(start)))
-    return best_shift(family, y, nothing, weights, None if censored is None else censored[keep], start)
-
-
-def best_shift(
-    family: Family,
-    y: Any,
-    theta: Float[np.ndarray, "rows parameters"],
-    weights: Any,
-    censored: Any,
-    start: Float[np.ndarray, " parameters"],
-    prior_rows: float = 0.0,
-) -> Float[np.ndarray, " parameters"]:
-    """The constant that, added to every row's parameters, minimizes the mean loss, by damped Fisher scoring.
-
-    Args:
-        family: the family.
-        y: targets.
-        theta: parameters of every row.
-        weights: row weights.
-        censored: mask of censored rows, or None.
-        start: where to begin.
-        prior_rows: rows' worth of belief in no shift at all.
-    """
-    total = weights.sum()
-
-    def loss(shift: np.ndarray) -> float:
-        rows = family.loss(y, theta + shift, censored)
-        return float(weights @ rows + 0.5 * prior_rows * (shift**2).sum()) / total
-
-    shift, best, size = start, loss(start), 1.0
-    for _ in range(100):
-        step = weights @ natural_gradient(family, y, theta + shift, censored) + prior_rows * shift
-        step = np.clip(step / (total + prior_rows), -2, 2)
-        trial = loss(shift - size * step)
-        while size > 1e-4 and not trial <= best:
-            size /= 2
-            trial = loss(shift - size * step)
-        if size <= 1e-4:
-            break
-        change, best, shift = best - trial, trial, shift - size * step
-        if change < 1e-9 * (1 + abs(best)):
-            break
-        size = min(1.0, 2 * size)
-    return shift
+def _columns(*columns: np.ndarray) -> np.ndarray:
+    """Columns side by side, each in one piece of memory, as LightGBM takes them."""
+    return np.stack(columns).T
 
 
 class _Standard(NamedTuple):
@@ -161,9 +63,9 @@ def _location_scale(standard: _Standard, build_distribution: Callable) -> Family
         if censored is not None:
             hazard = np.exp(np.clip(standard.log_density(z) - standard.log_survival(z), -700, 700))
             slope, constant = np.where(censored, hazard, slope), np.where(censored, 0.0, 1.0)
-        metric = np.empty_like(t)
+        metric = np.empty_like(t, order="F")
         metric[:, 0], metric[:, 1] = standard.information[0] * inverse * inverse, standard.information[1]
-        return np.stack([-slope * inverse, constant - slope * z], 1), metric
+        return _columns(-slope * inverse, constant - slope * z), metric
 
     return Family(_location_scale_start, loss, gradient, build_distribution, censoring=True)
 
@@ -222,8 +124,8 @@ def _normal_crps() -> Family:
         scale = np.exp(t[:, 1])
         z = (y - t[:, 0]) / scale
         density = np.exp(_NORMAL.log_density(z))
-        slope = np.stack([1 - 2 * special.ndtr(z), scale * (2 * density - 1 / _SQRT_PI)], 1)
-        return slope, np.stack([1 / (_SQRT_PI * scale), scale / (2 * _SQRT_PI)], 1)
+        slope = _columns(1 - 2 * special.ndtr(z), scale * (2 * density - 1 / _SQRT_PI))
+        return slope, _columns(1 / (_SQRT_PI * scale), scale / (2 * _SQRT_PI))
 
     return Family(_location_scale_start, loss, gradient, _with_scale(dist.Normal))
 
@@ -238,8 +140,8 @@ def _laplace_crps() -> Family:
         scale = np.exp(t[:, 1])
         z = (y - t[:, 0]) / scale
         tail = np.exp(-np.abs(z))
-        slope = np.stack([-np.sign(z) * (1 - tail), scale * (tail * (1 + np.abs(z)) - 0.75)], 1)
-        return slope, np.stack([1 / (2 * scale), scale / 4], 1)
+        slope = _columns(-np.sign(z) * (1 - tail), scale * (tail * (1 + np.abs(z)) - 0.75))
+        return slope, _columns(1 / (2 * scale), scale / 4)
 
     return Family(_location_scale_start, loss, gradient, _with_scale(dist.Laplace))
 
@@ -262,7 +164,7 @@ def _lognormal_crps() -> Family:
         by_scale = scale * (2 * y * at_y - 2 * mean * scale * share - np.sqrt(2) * mean * at_scale)
         metric = np.array([[1 / scale, scale / 2], [scale / 2, scale * (0.5 + scale**2 / 4)]])
         metric = metric * _exp(t[:, 0] + scale**2 / 4) / _SQRT_PI
-        return np.stack([-2 * mean * share, by_scale], 1), np.moveaxis(metric, 2, 0)
+        return _columns(-2 * mean * share, by_scale), np.moveaxis(metric, 2, 0)
 
     start = lambda y, w: _location_scale_start(np.log(y), w)  # noqa: E731
     return Family(start, loss, gradient, _with_scale(dist.LogNormal), _check_positive)
@@ -308,7 +210,7 @@ def _student_t() -> Family:
         metric[:, 2, 2] = df * df * (curvature / 4 - (df + 5) / (2 * df * (df + 1) * (df + 3)))
         # With many degrees of freedom the information fades, and its inverse would chase noise.
         metric[:, 2, 2] = np.maximum(metric[:, 2, 2], 0.02)
-        return np.stack([-slope * inverse, constant - slope * z, by_df], 1), metric
+        return _columns(-slope * inverse, constant - slope * z, by_df), metric
 
     def start(y: np.ndarray, w: np.ndarray) -> np.ndarray:
         _, log_scale = _location_scale_start(y, w)
@@ -370,8 +272,8 @@ def _negative_binomial() -> Family:
         m, r = unpack(t)
         by_r = special.digamma(y + r) - special.digamma(r) + np.log(r / (r + m)) + 1 - (r + y) / (r + m)
         information = np.exp(_concentration_information().ev(np.clip(t[:, 0], -6, 9), np.clip(t[:, 1], -5, 7)))
-        slope = np.stack([(m - y) * r / (r + m), -r * by_r], 1)
-        return slope, np.stack([m * r / (m + r), np.maximum(information, 1e-2)], 1)
+        slope = _columns((m - y) * r / (r + m), -r * by_r)
+        return slope, _columns(m * r / (m + r), np.maximum(information, 1e-2))
 
     def start(y: np.ndarray, w: np.ndarray) -> np.ndarray:
         mean = max(np.average(y, weights=w), 1e-6)

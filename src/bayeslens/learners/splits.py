@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.table import Target
@@ -18,17 +20,21 @@ def holdout_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out row numbers: the last rows in `time`, whole `groups`, or rows at random.
 
+    Rows of one time stay together, so that every held-out row is later than every training row; the held-out share
+    is then the nearest to `share` that this allows.
+
     >>> holdout_rows(5, seed=0, time=[3, 1, 2, 5, 4])[1].tolist()
     [3]
+    >>> holdout_rows(5, seed=0, time=[1, 1, 2, 2, 2])[1].tolist()
+    [2, 3, 4]
 
     Raises:
-        InputError: fewer than two rows or two groups.
+        InputError: fewer than two rows, two groups or two times; times that are missing or do not fit the rows.
     """
     if rows < 2:
         raise InputError(f"{rows} row is too few to hold some out: give a separate test table or more rows")
     if time is not None:
-        order = _order(time, rows)
-        cut = rows - max(1, round(share * rows))
+        order, (cut,) = _order(time, rows, [rows - max(1, round(share * rows))])
         return np.sort(order[:cut]), np.sort(order[cut:])
     from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
@@ -53,13 +59,17 @@ def folds(
     """Training and held-out row numbers of each fold.
 
     Tables of over 20,000 rows get one split with at most 50,000 held-out rows. With `time` the folds are expanding
-    windows, so that the first rows are never held out.
+    windows, so that the first rows are never held out; rows of one time stay together, and there are fewer folds
+    where there are few times.
 
     >>> [len(test) for _, test in folds(Target.from_values(np.arange(10.0)), num_folds=5, seed=0)]
     [2, 2, 2, 2, 2]
+    >>> target, time = Target.from_values(np.arange(6.0)), [1, 1, 2, 2, 3, 3]
+    >>> [(train.tolist(), test.tolist()) for train, test in folds(target, num_folds=5, seed=0, time=time)]
+    [([0, 1], [2, 3]), ([0, 1, 2, 3], [4, 5])]
 
     Raises:
-        InputError: too few rows or groups.
+        InputError: too few rows, groups or times; times that are missing or do not fit the rows.
     """
     rows = len(target.values)
     if rows < 3:
@@ -68,12 +78,14 @@ def folds(
     if rows > _ONE_SPLIT_ROWS:
         share = min(0.2, _HELD_OUT_ROWS / rows)
         return [holdout_rows(rows, seed=seed, target=target, groups=groups, time=time, share=share)]
-    from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, TimeSeriesSplit
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
     if time is not None:
-        order = _order(time, rows)
-        splitter = TimeSeriesSplit(min(num_folds, rows - 1))
-        return [(np.sort(order[a]), np.sort(order[b])) for a, b in splitter.split(order)]
+        windows = min(num_folds, rows - 1)
+        length = rows // (windows + 1)
+        order, cuts = _order(time, rows, rows - length * np.arange(windows, 0, -1))
+        ends = itertools.pairwise([*cuts, rows])
+        return [(np.sort(order[:start]), np.sort(order[start:end])) for start, end in ends]
     if groups is not None:
         count = len(set(groups))
         if count < 2:
@@ -86,11 +98,22 @@ def folds(
     return list(KFold(num_folds, shuffle=True, random_state=seed).split(np.zeros(rows)))
 
 
-def _order(time: Any, rows: int) -> np.ndarray:
+def _order(time: Any, rows: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows by time, and the cuts between two times that are nearest to the `wanted` ones, each once."""
     time = np.asarray(time)
     if len(time) != rows:
         raise InputError(f"time has {len(time)} entries for {rows} rows")
-    return np.argsort(time, kind="stable")
+    if pd.isna(time).any():
+        raise InputError(f"time has {int(pd.isna(time).sum())} missing values: fill them or drop those rows")
+    order = np.argsort(time, kind="stable")
+    ordered = time[order]
+    between = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    if len(between) == 0:
+        raise InputError(
+            f"all {rows} rows have the same time, {ordered[0]}: no later rows can be held out; leave out time"
+        )
+    nearest = np.abs(between - np.asarray(wanted)[:, None]).argmin(1)
+    return order, np.unique(between[nearest])
 
 
 def _stratify(target: Target | None, least: int) -> np.ndarray | None:

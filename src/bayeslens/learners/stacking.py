@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from bayeslens.core.distribution import concatenate
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
 from bayeslens.core.mixture import mix, side_by_side
-from bayeslens.core.table import Table, Target
+from bayeslens.core.table import Table, Target, take
 from bayeslens.core.transformed import through_rounding_cells
 from bayeslens.evaluation.scores import log_score
 from bayeslens.learners.splits import folds
@@ -52,34 +52,32 @@ def stacking_weights(
     return updated
 
 
-def take(X: Any, rows: np.ndarray) -> Any:
-    """Some rows of a frame or an array."""
-    return X.iloc[rows] if hasattr(X, "iloc") else np.asarray(X)[rows]
+class OutOfFold(NamedTuple):
+    """Predictions for held-out rows.
 
+    Attributes:
+        rows: their numbers, split by split.
+        distribution: their distributions, in the same order.
+        fitted: the predictive of each split.
+        refit: a function of a key that fits on all rows.
+    """
 
-def fit_rows(learner: Learner, X: Any, target: Target, rows: np.ndarray | None, key: Any, weights: Any) -> Predictive:
-    """Fit on some rows, with weights where the learner takes them."""
-    arguments = {"key": key}
-    if weights is not None:
-        if "weights" not in learner.takes:
-            raise InputError(f"{type(learner).__name__} does not take weights")
-        arguments["weights"] = weights if rows is None else weights[rows]
-    if rows is None:
-        return learner.fit(X, target, **arguments)
-    return learner.fit(take(X, rows), target.rows(rows), **arguments)
+    rows: np.ndarray
+    distribution: Distribution
+    fitted: list[Predictive]
+    refit: Callable[[Any], Predictive]
 
 
 def out_of_fold(
     learner: Learner, X: Any, target: Target, splits: Sequence[tuple], key: Any, weights: Any = None
-) -> tuple[np.ndarray, Distribution, list[Predictive]]:
-    """Predictions for held-out rows: their row numbers, their distributions, and the fold's predictives."""
-    fitted, predicted = [], []
-    for number, (train, test) in enumerate(splits):
-        predictive = fit_rows(learner, X, target, train, jax.random.fold_in(key, number), weights)
-        fitted.append(predictive)
-        predicted.append(through_rounding_cells(predictive(take(X, test))) if target.classes is None
-                         else predictive(take(X, test)))  # fmt: skip
-    return np.concatenate([test for _, test in splits]), concatenate(predicted), fitted
+) -> OutOfFold:
+    """Fit a learner on the training rows of every split, and predict the held-out ones."""
+    fitted, refit = learner.fit_folds(X, target, splits, key=key, weights=weights)
+    predicted = []
+    for predictive, (_, test) in zip(fitted, splits, strict=True):
+        distribution = predictive(take(X, test))
+        predicted.append(through_rounding_cells(distribution) if target.classes is None else distribution)
+    return OutOfFold(np.concatenate([test for _, test in splits]), concatenate(predicted), fitted, refit)
 
 
 class Stacking(Learner):
@@ -120,12 +118,11 @@ class Stacking(Learner):
             raise InputError("the stacked learners have no task in common: stack regressors or classifiers only")
         target = Target.from_values(y, next(iter(self.tasks)) if len(self.tasks) == 1 else "auto")
         splits = folds(target, num_folds=self.num_folds, seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
-        scores = []
-        for learner in self.learners:
-            rows, distribution, _ = out_of_fold(learner, X, target, splits, key, weights)
-            scores.append(log_score(distribution, target.values[rows], target.step))
+        found = [out_of_fold(learner, X, target, splits, key, weights) for learner in self.learners]
+        rows = found[0].rows
+        scores = [log_score(f.distribution, target.values[rows], target.step) for f in found]
         mixed = stacking_weights(np.stack(scores, 1), None if weights is None else weights[rows])
-        fitted = tuple(fit_rows(learner, X, target, None, key, weights) for learner in self.learners)
+        fitted = tuple(f.refit(key) for f in found)
         return StackedPredictive(fitted[0].table, fitted, mixed, target.classes)
 
 

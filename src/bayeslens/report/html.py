@@ -128,7 +128,10 @@ def _svg(panel: Panel, name: str) -> str:
     settings = {"svg.fonttype": "none", "svg.hashsalt": name, "axes.unicode_minus": True, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the browser has glyphs that matplotlib's own font lacks
-        lay_out([panel], titles=False).savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+        figure = lay_out([panel], titles=False)
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine(None)  # saving would lay everything out twice more
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Text in the drawing is escaped, so none of these patterns can match a name.
