@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 
 from bayeslens.core import container
+from bayeslens.core.conjugate import NormalInverseGamma
 from bayeslens.core.distribution import take_apart
 from bayeslens.core.errors import InputError
 from bayeslens.core.foreign import EstimatorPredictive, FixedPredictive
@@ -119,6 +120,7 @@ DISTRIBUTIONS = [
     Members([dist.Normal(np.zeros((2, 3)), 1.0), dist.Gamma(np.ones((1, 3)), 1.0)]),
     Recalibrated(dist.Logistic(0.0, 1.0), np.array([0.0, 0.5, 1.0]), np.array([0.0, 0.25, 1.0])),
     QuantileDistribution(np.array([0.25, 0.75]), np.array([[-1.0, 1.0], [0.0, 3.0]])),
+    NormalInverseGamma(jnp.zeros((3, 2)), 2.0 * jnp.eye(2), jnp.array([1.0, 2.0, 3.0]), 1.5),
 ]
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 from numpyro.distributions import Distribution, constraints
 from numpyro.distributions.transforms import AffineTransform
 
+from bayeslens.core.distribution import build, register_family
 from bayeslens.core.errors import InputError
 
 Hyperparameters = dict[str, ArrayLike]
@@ -57,6 +58,7 @@ class ConjugatePair(NamedTuple):
     point: Callable[..., Array] | None = None
 
 
+@register_family
 class NormalInverseGamma(Distribution):
     """Normal weights given an inverse-gamma variance: the conjugate prior of linear regression with unknown noise.
 
@@ -94,6 +96,16 @@ class NormalInverseGamma(Distribution):
         """Real weights, positive variance."""
         parts = constraints.cat([constraints.real, constraints.positive], dim=-1, lengths=(self.loc.shape[-1], 1))
         return constraints.independent(parts, 1)
+
+    def parts(self) -> tuple:
+        """See `register_family`."""
+        arrays = {"loc": (self.loc, 1), "precision": (self.precision, 2)}
+        return arrays | {"concentration": (self.concentration, 0), "rate": (self.rate, 0)}, (), ()
+
+    @classmethod
+    def from_parts(cls, arrays: dict, children: list, settings: tuple) -> NormalInverseGamma:
+        """Rebuild from parts."""
+        return build(cls, **arrays)
 
     def log_prob(self, value: Float[ArrayLike, "*batch weights_and_variance"]) -> Float[Array, "*batch"]:
         """Log density of (weights, variance)."""

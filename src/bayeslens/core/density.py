@@ -21,7 +21,7 @@ from numpyro.distributions.util import validate_sample
 
 from bayeslens.core.distribution import register_family
 from bayeslens.core.errors import InputError
-from bayeslens.core.learner import Kernel
+from bayeslens.core.kernel import Kernel
 
 _INEXACT = ("log_prob_bound", "log_prob_estimate", "energy")
 

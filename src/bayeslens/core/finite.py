@@ -25,6 +25,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from bayeslens.core.errors import InputError
+from bayeslens.core.kernel import Kernel
 
 _ROW_SUM_TOLERANCE = 1e-3  # wide enough for the rounding of thousands of float32 compositions
 
@@ -39,7 +40,7 @@ def as_floating(value: ArrayLike | Sequence) -> Array:
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
 
 
-class FiniteKernel(eqx.Module):
+class FiniteKernel(Kernel):
     """A conditional distribution p(y given x) between finite sets, or between products of finite sets.
 
     Args:

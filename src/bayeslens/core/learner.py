@@ -1,4 +1,4 @@
-"""Kernels, learners and predictives: conditional distributions, and how they are made from data."""
+"""Learners and predictives: kernels made from data, and how they are made."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -11,19 +11,9 @@ from jaxtyping import Float
 from numpyro.distributions import Distribution
 
 from bayeslens.core.errors import InputError
+from bayeslens.core.kernel import Kernel
 from bayeslens.core.mixture import mix_members
 from bayeslens.core.table import Table, Target, take
-
-
-class Kernel(eqx.Module):
-    """A conditional distribution p(y given x).
-
-    Calling it with `x` returns a NumPyro distribution whose batch shape is x's leading axes.
-    """
-
-    @abc.abstractmethod
-    def __call__(self, x: Any) -> Distribution:
-        """The distribution of y for every row of `x`."""
 
 
 class Predictive(Kernel):

@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.finite import as_floating
+from bayeslens.core.kernel import Kernel
 
 
 class Regression(NamedTuple):
@@ -144,7 +145,7 @@ def _factor(covariance: Array) -> tuple[Array, Array, Array]:
     return unit[:, None] * (basis @ root), jnp.abs(scaled - scaled.T).max(initial=0), values.min(initial=0)
 
 
-class LinearGaussianKernel(eqx.Module):
+class LinearGaussianKernel(Kernel):
     """A conditional distribution y given x ~ N(A x + b, F F'), possibly degenerate.
 
     Args:

@@ -124,13 +124,21 @@ class Members(Distribution):
 
     arg_constraints: ClassVar[dict] = {}
     pytree_data_fields = ("groups",)
-    support = constraints.real
 
     def __init__(self, groups: Sequence[Distribution], *, validate_args: bool | None = None):
         self.groups = tuple(groups)
         count = sum(g.batch_shape[0] for g in self.groups)
         first = self.groups[0]
         super().__init__((count, *first.batch_shape[1:]), first.event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> Any:
+        """The reals: groups differ."""
+        return constraints.independent(constraints.real, self.event_dim)
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.groups[0].is_discrete
 
     def parts(self) -> tuple:
         """See `register_family`."""
@@ -146,7 +154,11 @@ class Members(Distribution):
         return Members([g.to_event(reinterpreted_batch_ndims) for g in self.groups])
 
     def log_prob(self, value: Any) -> Array:
-        return jnp.concatenate([g.log_prob(value) for g in self.groups], axis=-len(self.batch_shape))
+        rank, shape = len(self.shape()), np.broadcast_shapes(np.shape(value), self.shape())
+        edges = np.cumsum([g.batch_shape[0] for g in self.groups])[:-1]
+        values = jnp.split(jnp.broadcast_to(value, shape), edges, axis=-rank)
+        densities = [g.log_prob(v) for g, v in zip(self.groups, values, strict=True)]
+        return jnp.concatenate(densities, axis=-len(self.batch_shape))
 
     @property
     def mean(self) -> Array:

@@ -7,7 +7,7 @@ hundred times as quick as compiling one program per family. Given JAX arrays eve
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpyro.distributions as dist
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 from numpyro.distributions import Distribution, constraints
+from scipy import special
 
 from bayeslens.core.distribution import rowwise
 from bayeslens.core.errors import InputError
@@ -33,11 +34,72 @@ _CLOSED_FORM = (
     dist.Exponential,
     dist.HalfNormal,
 )
+
+
+class _LocationScale(NamedTuple):
+    """The part of SciPy's interface that is used, for the families that are asked most: freezing one of SciPy's takes
+    a millisecond, and checking its arguments doubles the time of an evaluation."""
+
+    loc: np.ndarray
+    scale: np.ndarray
+    log_density: Callable[[np.ndarray], np.ndarray]
+    probability: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+    variance: Any
+    center: Any = 0.0
+
+    def logpdf(self, y: np.ndarray) -> np.ndarray:
+        return self.log_density((y - self.loc) / self.scale) - np.log(self.scale)
+
+    def cdf(self, y: np.ndarray) -> np.ndarray:
+        return self.probability((y - self.loc) / self.scale)
+
+    def ppf(self, q: np.ndarray) -> np.ndarray:
+        return self.loc + self.scale * self.inverse(q)
+
+    def mean(self) -> np.ndarray:
+        return self.loc + self.center
+
+    def var(self) -> np.ndarray:
+        return np.square(self.scale) * self.variance
+
+
+def _normal(loc: np.ndarray, scale: np.ndarray) -> _LocationScale:
+    half = 0.5 * np.log(2 * np.pi)
+    return _LocationScale(loc, scale, lambda z: -0.5 * z * z - half, special.ndtr, special.ndtri, 1.0)
+
+
+def _student_t(df: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> _LocationScale:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        constant = special.gammaln((df + 1) / 2) - special.gammaln(df / 2) - 0.5 * np.log(df * np.pi)
+        variance = np.where(df > 2, df / (df - 2), np.where(df > 1, np.inf, np.nan))
+    return _LocationScale(
+        loc,
+        scale,
+        lambda z: constant - (df + 1) / 2 * np.log1p(z * z / df),
+        lambda z: special.stdtr(df, z),
+        lambda q: special.stdtrit(df, q),
+        variance,
+        np.where(df > 1, 0.0, np.inf),
+    )
+
+
+def _laplace(loc: np.ndarray, scale: np.ndarray) -> _LocationScale:
+    return _LocationScale(
+        loc,
+        scale,
+        lambda z: -np.abs(z) - np.log(2),
+        lambda z: np.where(z > 0, 1 - 0.5 * np.exp(-np.abs(z)), 0.5 * np.exp(-np.abs(z))),
+        lambda q: np.where(q > 0.5, -np.log(2 * (1 - q)), np.log(2 * q)),
+        2.0,
+    )
+
+
 _SCIPY: dict[type, Callable[[Any, Any], Any]] = {
-    dist.Normal: lambda s, d: s.norm(_host(d.loc), _host(d.scale)),
+    dist.Normal: lambda s, d: _normal(_host(d.loc), _host(d.scale)),
     dist.LogNormal: lambda s, d: s.lognorm(_host(d.scale), scale=np.exp(_host(d.loc))),
-    dist.StudentT: lambda s, d: s.t(_host(d.df), _host(d.loc), _host(d.scale)),
-    dist.Laplace: lambda s, d: s.laplace(_host(d.loc), _host(d.scale)),
+    dist.StudentT: lambda s, d: _student_t(_host(d.df), _host(d.loc), _host(d.scale)),
+    dist.Laplace: lambda s, d: _laplace(_host(d.loc), _host(d.scale)),
     dist.Logistic: lambda s, d: s.logistic(_host(d.loc), _host(d.scale)),
     dist.Gumbel: lambda s, d: s.gumbel_r(_host(d.loc), _host(d.scale)),
     dist.Gamma: lambda s, d: s.gamma(_host(d.concentration), scale=1 / _host(d.rate)),
