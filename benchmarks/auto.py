@@ -271,14 +271,19 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)
     progress_file = RESULTS / "auto_by_table.json"
-    kept = json.loads(progress_file.read_text()) if progress_file.exists() and not arguments.fresh else {}
+    if arguments.fresh:
+        progress_file.unlink(missing_ok=True)
+    kept = json.loads(progress_file.read_text()) if progress_file.exists() else {}
     for repeat in range(arguments.repeats):
         for name, (frame, column, task) in tables().items():
             if (arguments.tables and name not in arguments.tables) or f"{name}#{repeat}" in kept:
                 continue
             if repeat and task == "classification":
                 continue
-            kept[f"{name}#{repeat}"] = run_table(name, frame, column, task, repeat, arguments.folds, repeat > 0)
+            found = run_table(name, frame, column, task, repeat, arguments.folds, repeat > 0)
+            # Another process may have worked on other tables meanwhile.
+            kept |= json.loads(progress_file.read_text()) if progress_file.exists() else {}
+            kept[f"{name}#{repeat}"] = found
             write_json(progress_file, kept)
     summary = summarize(kept)
     print(json.dumps(summary, indent=1))

@@ -18,10 +18,14 @@ from bayeslens.core.linear_gaussian import LinearGaussianKernel
 @pytest.mark.parametrize(
     ("kernel", "x", "means"),
     [
-        (FiniteKernel([[0.5, 0.5], [0.25, 0.75]]), np.array([[1, 0], [0, 0], [1, 1]]), [[0.75, 0.5], [0.5, 0.5], [0.75, 0.75]]),
+        (
+            FiniteKernel([[1.0, 0.0], [0.25, 0.75]]),
+            np.array([[1, 0], [0, 0], [1, 1]]),
+            [[0.75, 0], [0, 0], [0.75, 0.75]],
+        ),
         (LinearGaussianKernel([[2.0]], [1.0], [[3.0]]), jnp.arange(6.0).reshape(3, 2, 1), [[1, 3], [5, 7], [9, 11]]),
     ],
-)  # fmt: skip
+)
 def test_exact_kernels_are_kernels(kernel, x, means):
     assert isinstance(kernel, Kernel)
     distribution = kernel(x)

@@ -44,6 +44,14 @@ def test_conjugate_normal(posterior):
     assert posterior.warnings == ()
 
 
+def test_the_key_of_the_run_is_recorded(posterior):
+    key = jax.random.wrap_key_data(np.uint32(posterior.settings["key"]))
+    assert all(type(number) is int for number in posterior.settings["key"])
+    again = bayeslens.infer(normal_model, {"y": np.linspace(0.0, 2.0, 10)}, key=key, num_warmup=300, num_samples=1000)
+    np.testing.assert_array_equal(again["mu"], posterior["mu"])
+    assert posterior.push(lambda s: s["mu"] ** 2).settings == posterior.settings
+
+
 def test_conjugate_beta():
     found = bayeslens.infer(beta_model, {"successes": 7, "trials": 10}, key=KEY, num_warmup=300, num_samples=1000)
     exact = dist.Beta(9.0, 6.0)
@@ -68,6 +76,7 @@ def test_arviz_and_files(posterior, tmp_path):
     bayeslens.save(posterior, tmp_path / "p.bayes")
     loaded = bayeslens.load(tmp_path / "p.bayes", model=normal_model)
     np.testing.assert_array_equal(loaded["mu"], posterior["mu"])
+    assert loaded.settings == posterior.settings
     assert loaded.predict({"y": None}, key=KEY)["y"].shape == (4000, 10)
 
 

@@ -33,6 +33,8 @@ QUICK = {
     "BayesianLinearRegressor": {},
     "BayesianLogisticClassifier": {"num_members": 4},
     "ConformalizedQuantilesRegressor": {"num_trees": 60},
+    "DEUPClassifier": {"base": LOGISTIC[0][1], "error": LINEAR[0][1], "num_folds": (2,)},
+    "DEUPRegressor": {"base": LINEAR[0][1], "error": LINEAR[0][1], "num_folds": (2,)},
     "DeepEnsembleClassifier": {"num_members": 1, "width": 8, "depth": 1},
     "DeepEnsembleRegressor": {"num_members": 1, "width": 8, "depth": 1},
     "GaussianProcessRegressor": {},
@@ -119,6 +121,16 @@ def test_classifier():
     assert ((probs * sets).sum(1) >= 0.95 - 1e-6).all() and sets[np.arange(120), probs.argmax(1)].all()
     same = scikit.BayesianLogisticClassifier(random_state=0).fit(X, LABELS).predict_proba(X)
     np.testing.assert_array_equal(same, probs)
+
+
+def test_deup_predicts_as_its_base_and_knows_its_excess_risk():
+    base = scikit.BayesianLinearRegressor().fit(X, Y)
+    model = scikit.DEUPRegressor(base=BayesianLinearRegression(), noise=0.25, random_state=0).fit(X, Y)
+    np.testing.assert_allclose(model.predict(X), base.predict(X))
+    np.testing.assert_allclose(model.predict_interval(X), base.predict_interval(X))
+    assert (model.predictive_.excess_risk(X) >= 0).all()
+    with pytest.raises(TypeError, match="base"):
+        scikit.DEUPRegressor()
 
 
 def test_auto_gives_conformal_sets():

@@ -1,7 +1,8 @@
-"""What is believed after data: draws or weighted particles over a model's named sites, and how they were made."""
+"""What is believed after data: draws, weighted particles or densities of named sites, and how they were made."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,21 +17,25 @@ from bayeslens.core.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpyro.distributions import Distribution
 
 
 class Posterior(eqx.Module):
-    """Draws from a posterior, by site.
+    """What is believed about every site: draws, or a density from which draws are made on demand.
 
     Attributes:
-        draws: site -> array of shape (chains, draws, ...). Particles are one chain with `log_weights`.
+        draws: site -> array of shape (chains, draws, ...). Particles are one chain with `log_weights`. Empty where
+            there is a density and nothing was drawn yet.
         log_weights: unnormalized log weights of particles, shape (chains, draws); None when all count alike.
         log_evidence: log marginal likelihood of the data, where the engine has it.
         engine: what made it, such as `"nuts"`.
-        settings: the engine's settings.
+        settings: the engine's settings; with random engines the data of their `key`, a list of integers.
         statistics: sampler statistics such as `diverging`, each of shape (chains, draws).
         warnings: sentences on why it should not be trusted, and what to try; empty when nothing was found.
         versions: of the libraries that made it.
         model: the NumPyro program, for `predict`; it is not stored in files: `load(path, model=...)`.
+        density: site -> distribution, independent of each other, where the posterior has a tractable density: see
+            `from_density`.
 
     >>> p = Posterior({"mu": np.arange(6.0).reshape(2, 3)})
     >>> p["mu"].shape, p.names
@@ -46,12 +51,21 @@ class Posterior(eqx.Module):
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = eqx.field(default_factory=dict)
     model: Callable | None = None
+    density: dict[str, Any] | None = None
 
     from_caller: ClassVar[tuple[str, ...]] = ("model",)
 
     def __check_init__(self):
+        if not self.draws and not self.density:
+            raise InputError("a posterior needs draws or a density of at least one site")
+        for name, distribution in (self.density or {}).items():
+            if distribution.batch_shape:
+                raise InputError(
+                    f"the density of {name!r} has batch shape {distribution.batch_shape}: one distribution of the "
+                    f"whole site is needed, `.to_event({len(distribution.batch_shape)})` makes it one"
+                )
         if not self.draws:
-            raise InputError("a posterior needs draws of at least one site")
+            return
         leading = {np.shape(v)[:2] for v in self.draws.values()}
         if len(leading) != 1 or len(next(iter(leading))) != 2:
             raise InputError(f"all sites need draws of one shape (chains, draws, ...), got {sorted(leading)}")
@@ -59,14 +73,16 @@ class Posterior(eqx.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """Sites, in alphabetical order."""
-        return tuple(sorted(self.draws))
+        return tuple(sorted(self.draws or self.density))
 
     def __getitem__(self, site: str) -> Float[Array, "chains draws ..."]:
         """Draws of one site.
 
         Raises:
-            InputError: no such site.
+            InputError: no such site, or a density of which nothing was drawn.
         """
+        if not self.draws:
+            raise InputError("this posterior is a density without draws: make some by `posterior.drawn(key)`")
         if site not in self.draws:
             raise InputError(f"the posterior has no site {site!r}; it has {', '.join(self.names)}")
         return self.draws[site]
@@ -74,18 +90,84 @@ class Posterior(eqx.Module):
     @property
     def flat(self) -> Float[Array, "draws dimensions"]:
         """All sites side by side, one row per draw over all chains."""
-        parts = [jnp.reshape(jnp.asarray(self.draws[n]), (-1, max(1, _size(self.draws[n])))) for n in self.names]
+        parts = [jnp.reshape(jnp.asarray(self[n]), (-1, max(1, _size(self[n])))) for n in self.names]
         return jnp.concatenate(parts, axis=1)
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> dict[str, Array]:
-        """Draws with replacement, by their weights: site -> array of shape (*sample_shape, ...)."""
+        """New draws: site -> array of shape (*sample_shape, ...).
+
+        They are of the density where there is one, otherwise taken with replacement from the draws, by their weights.
+        """
+        if self.density:
+            keys = jax.random.split(key, len(self.density))
+            return {n: self.density[n].sample(k, sample_shape) for n, k in zip(self.names, keys, strict=True)}
         chains, draws = np.shape(self.draws[self.names[0]])[:2]
         weights = jnp.zeros(chains * draws) if self.log_weights is None else jnp.ravel(self.log_weights)
         index = jax.random.categorical(key, weights, shape=sample_shape)
         return {n: jnp.asarray(v).reshape(-1, *np.shape(v)[2:])[index] for n, v in self.draws.items()}
 
+    @classmethod
+    def from_density(
+        cls,
+        density: dict[str, Distribution],
+        *,
+        log_evidence: Any = None,
+        engine: str = "exact",
+        model: Callable | None = None,
+    ) -> Posterior:
+        """A posterior that is known as a density, such as a conjugate one.
+
+        Args:
+            density: site -> NumPyro distribution without batch shape. Sites are independent: what depends on each
+                other is one site.
+            log_evidence: log marginal likelihood of the data.
+            engine: what found it.
+            model: the NumPyro program, for `predict`.
+
+        Raises:
+            InputError: no site, or a distribution with a batch shape.
+
+        >>> import numpyro.distributions as dist
+        >>> p = Posterior.from_density({"rate": dist.Gamma(2.0, 1.0), "mu": dist.Normal(0.0, 1.0)})
+        >>> round(float(p.log_prob({"rate": 1.0, "mu": 0.0})), 4)
+        -1.9189
+        >>> p.sample(jax.random.key(0), (5,))["mu"].shape, p.drawn(jax.random.key(0), 100)["mu"].shape
+        ((5,), (1, 100))
+        """
+        return cls({}, None, log_evidence, engine, versions=current_versions(), model=model, density=dict(density))
+
+    def log_prob(self, values: dict[str, Any]) -> Float[Array, "..."]:
+        """Log density of values of all sites, each of shape (*batch, ...); the result has shape `batch`.
+
+        Raises:
+            InputError: a posterior of draws alone has no density; sites that lack a value or do not exist.
+        """
+        self._check_density()
+        if set(values) != set(self.density):
+            raise InputError(f"a value of each of the sites {', '.join(self.names)} is needed, got {sorted(values)}")
+        return sum(self.density[n].log_prob(jnp.asarray(values[n])) for n in self.names)
+
+    def drawn(self, key: Any, num_draws: int = 4000) -> Posterior:
+        """The same posterior with independent draws of its density, as one chain.
+
+        Args:
+            key: a `jax.random.key`.
+            num_draws: by default as many as `infer` keeps.
+
+        Raises:
+            InputError: there is no density to draw from.
+        """
+        self._check_density()
+        return dataclasses.replace(self, draws=self.sample(key, (1, num_draws)))
+
+    def _check_density(self) -> None:
+        if not self.density:
+            raise InputError("this posterior has draws and no density: make one with `Posterior.from_density`")
+
     def push(self, function: Callable[[dict[str, Array]], Any], name: str = "value") -> Posterior:
-        """The posterior of a function of the sites.
+        """The posterior of a function of the sites, draw by draw.
+
+        How the draws were made is kept. The density is not, and neither is the model, whose sites are not these.
 
         Args:
             function: of one draw, a dict by site; it returns an array, or a dict of arrays.
@@ -95,12 +177,14 @@ class Posterior(eqx.Module):
         >>> doubled["twice"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
         """
-        pushed = jax.vmap(jax.vmap(function))({n: jnp.asarray(v) for n, v in self.draws.items()})
+        pushed = jax.vmap(jax.vmap(function))({n: jnp.asarray(self[n]) for n in self.names})
         pushed = pushed if isinstance(pushed, dict) else {name: pushed}
-        return Posterior(pushed, self.log_weights, self.log_evidence, self.engine, self.settings, {}, self.warnings)
+        return dataclasses.replace(self, draws=pushed, model=None, density=None)
 
     def predict(self, new_data: dict[str, Any], *, key: Any) -> dict[str, Float[Array, "draws ..."]]:
         """Posterior predictive draws of the model's sites for new arguments, over all chains.
+
+        A density without draws gives as many as `drawn` makes.
 
         Args:
             new_data: the model's arguments by name; give None for what is to be predicted.
@@ -113,6 +197,8 @@ class Posterior(eqx.Module):
             raise InputError("this posterior does not know its model: load it with load(path, model=...)")
         from numpyro.infer import Predictive
 
+        if not self.draws:
+            return self.drawn(jax.random.fold_in(key, 0)).predict(new_data, key=key)
         count = int(np.prod(np.shape(self.draws[self.names[0]])[:2]))
         flat = self.sample(key, (count,)) if self.log_weights is not None else {
             n: jnp.asarray(v).reshape(-1, *np.shape(v)[2:]) for n, v in self.draws.items()
@@ -142,8 +228,9 @@ class Posterior(eqx.Module):
         """Itself, or particles resampled to equal weights."""
         if self.log_weights is None:
             return self
-        shape = np.shape(self.draws[self.names[0]])[:2]
-        return Posterior(self.sample(jax.random.key(0), shape), None, self.log_evidence, self.engine, self.settings)
+        shape = np.shape(self[self.names[0]])[:2]
+        # Statistics belong to the draws as they were.
+        return dataclasses.replace(self, draws=self.sample(jax.random.key(0), shape), log_weights=None, statistics={})
 
     def to_arviz(self) -> Any:
         """An `arviz.InferenceData` with groups posterior and sample_stats; weighted particles are resampled first."""
@@ -154,9 +241,9 @@ class Posterior(eqx.Module):
             import warnings
 
             warnings.warn("weighted particles were resampled to equal weights", stacklevel=2)
-        statistics = {n: np.asarray(v) for n, v in self.statistics.items()}
+        statistics = {n: np.asarray(v) for n, v in equal.statistics.items()}
         return az.from_dict(
-            posterior={n: np.asarray(equal.draws[n]) for n in self.names},
+            posterior={n: np.asarray(equal[n]) for n in self.names},
             sample_stats=statistics or None,
             posterior_attrs={"engine": self.engine, **{f"version_{k}": v for k, v in self.versions.items()}},
         )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from bayeslens.core.errors import InputError
@@ -37,7 +38,8 @@ def infer(
         num_samples: draws kept per chain.
 
     Returns:
-        A `Posterior` with draws of every latent and deterministic site. Its `warnings` say when not to trust it.
+        A `Posterior` with draws of every latent and deterministic site. Its `warnings` say when not to trust it, its
+        `settings` hold the data of the key: `jax.random.wrap_key_data(np.uint32(settings["key"]))` gives it back.
 
     Raises:
         InputError: a model without latents, with discrete latents or that fails on these data; NaN; unknown names.
@@ -76,6 +78,7 @@ def infer(
     draws = {n: np.asarray(v) for n, v in mcmc.get_samples(group_by_chain=True).items()}
     statistics = {n: np.asarray(v) for n, v in mcmc.get_extra_fields(group_by_chain=True).items()}
     settings = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}
+    settings["key"] = np.asarray(jax.random.key_data(key)).tolist()
     return Posterior(
         draws,
         engine="nuts",

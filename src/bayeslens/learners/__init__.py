@@ -19,6 +19,8 @@ _PUBLIC = {
     "BayesianLinearRegressor": "scikit",
     "BayesianLogisticClassifier": "scikit",
     "ConformalizedQuantilesRegressor": "scikit",
+    "DEUPClassifier": "scikit",
+    "DEUPRegressor": "scikit",
     "DeepEnsembleClassifier": "scikit",
     "DeepEnsembleRegressor": "scikit",
     "GaussianProcessRegressor": "scikit",

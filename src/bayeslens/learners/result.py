@@ -13,7 +13,7 @@ from numpyro.distributions import Distribution
 from bayeslens.core.distribution import take_rows
 from bayeslens.core.learner import Predictive
 from bayeslens.core.quantile import mean_and_variance, quantile
-from bayeslens.evaluation.conformal import class_scores, conformal_threshold, prediction_sets
+from bayeslens.evaluation.conformal import class_scores, prediction_sets
 from bayeslens.evaluation.scores import pit
 
 _AUDIT_ROWS = 5000
@@ -48,7 +48,8 @@ def audit(distribution: Distribution, y: np.ndarray, coverage: float, classes: t
     if classes is not None:
         probs = np.asarray(distribution.probs)
         scores = class_scores(probs)[np.arange(len(y)), y.astype(int)]
-        sets = [prediction_sets(probs, conformal_threshold(scores, level)) for level in _NOMINAL]
+        # The corrected quantile of all other scores holds a score just where the plain quantile of all does.
+        sets = [prediction_sets(probs, np.quantile(scores, level, method="inverted_cdf")) for level in _NOMINAL]
         observed = np.array([s[np.arange(len(y)), y.astype(int)].mean() for s in sets])
         return Audit(y, probabilities=probs, interval_coverage=_with_errors(observed, len(y)))
     tail = (1 - coverage) / 2

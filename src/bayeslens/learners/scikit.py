@@ -41,6 +41,8 @@ ESTIMATORS: dict[str, tuple[str, str, str]] = {
     "BayesianLinearRegressor": ("linear", "BayesianLinearRegression", "regression"),
     "BayesianLogisticClassifier": ("linear", "BayesianLogisticRegression", "classification"),
     "ConformalizedQuantilesRegressor": ("conformalized_quantiles", "ConformalizedQuantiles", "regression"),
+    "DEUPClassifier": ("deup", "DEUP", "classification"),
+    "DEUPRegressor": ("deup", "DEUP", "regression"),
     "DeepEnsembleClassifier": ("deep_ensemble", "DeepEnsemble", "classification"),
     "DeepEnsembleRegressor": ("deep_ensemble", "DeepEnsemble", "regression"),
     "GaussianProcessRegressor": ("gaussian_process", "GaussianProcess", "regression"),
