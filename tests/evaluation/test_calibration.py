@@ -7,6 +7,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
 
+from bayeslens.core.distribution import concatenate
 from bayeslens.core.errors import InputError
 from bayeslens.core.quantile import cdf, log_prob
 from bayeslens.evaluation.calibration import (
@@ -33,7 +34,7 @@ def test_map_is_increasing_from_zero_to_one(rows):
 
 def test_recalibration_makes_pit_uniform():
     """Predictions three quarters as wide as they should be. A KS statistic of 0.03 has a false alarm rate of 1e-3;
-    the map of 17 knots is held to that."""
+    the map of 4,000 rows is held to that."""
     y = RNG.normal(size=8000)
     narrow = dist.Normal(np.zeros(4000), 0.75)
     moved = QuantileMap.fit(cdf(narrow, y[:4000]))
@@ -43,6 +44,27 @@ def test_recalibration_makes_pit_uniform():
     # The truth gains this much; the map recovers most of it.
     best = -st.norm.entropy() - log_prob(narrow, y[4000:]).mean()
     assert 0.8 * best < gain < 1.1 * best
+
+
+def test_tails_get_bins_as_far_out_as_there_are_rows():
+    # One value in fifty beyond 0.9999, none between 0.99 and that, the others even.
+    levels = {rows: [] for rows in (500, 5000, 50_000)}
+    for rows, found in levels.items():
+        moved = QuantileMap.fit(np.concatenate([np.full(rows // 50, 0.99995), np.linspace(0, 0.99, rows - rows // 50)]))
+        found.extend(np.interp([0.99, 0.999, 0.9999], moved.knots, moved.levels))
+        assert moved.knots.shape == (21,)
+    np.testing.assert_allclose(levels[50_000], 0.98, atol=1e-3)
+    # One row is not to be expected beyond 0.9999 of 5,000 rows, nor beyond 0.999 of 500: there the map is straight.
+    np.testing.assert_allclose(levels[5000][:2], 0.98, atol=5e-3)
+    np.testing.assert_allclose(levels[5000][2], 0.9 + 0.1 * levels[5000][1], atol=1e-5)
+    np.testing.assert_allclose(levels[500][1:], [0.9 + 0.1 * levels[500][0], 0.99 + 0.01 * levels[500][0]], atol=1e-5)
+
+
+def test_maps_of_any_tables_can_stand_in_one():
+    rows = [QuantileMap.fit(RNG.uniform(size=n) ** 2)(dist.Normal(np.zeros(2), 1.0)) for n in (9, 300, 20_000)]
+    joined = concatenate(rows)
+    expected = np.concatenate([cdf(d, np.array([-1.0, 0.5])) for d in rows])
+    np.testing.assert_allclose(cdf(joined, np.tile([-1.0, 0.5], 3)), expected, rtol=1e-6)
 
 
 def test_map_of_few_rows_is_near_the_identity():

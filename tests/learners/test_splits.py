@@ -146,3 +146,10 @@ def test_refused():
         folds(NUMBERS, num_folds=5, seed=0, time=np.zeros(103))
     with pytest.raises(InputError, match="1 missing values"):
         holdout_rows(3, seed=0, time=np.array([1.0, np.nan, 2.0]))
+
+
+def test_groups_and_time_together_are_refused():
+    with pytest.raises(InputError, match="both groups and time"):
+        holdout_rows(10, seed=0, groups=np.arange(10), time=np.arange(10))
+    with pytest.raises(InputError, match="both groups and time"):
+        folds(NUMBERS, num_folds=3, seed=0, groups=np.arange(103), time=np.arange(103))

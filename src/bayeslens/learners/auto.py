@@ -148,9 +148,9 @@ class Auto(Learner):
             raise InputError("no learner could be fitted: " + "; ".join(f"{t['learner']}: {t['note']}" for t in tried))
         rows = done[0]["rows"]
         row_weights = None if weights is None else weights[rows]
-        mixed = stacking_weights(np.stack([t["scores"] for t in done], 1), row_weights)
-        distributions = [t["distribution"] for t in done]
-        crossfit, held_out = _calibrate_across_folds(distributions, [t["scores"] for t in done], splits, target, rows)
+        matrix, distributions = np.stack([t["scores"] for t in done], 1), [t["distribution"] for t in done]
+        mixed = stacking_weights(matrix, row_weights)
+        crossfit, held_out = _calibrate_across_folds(distributions, matrix, row_weights, splits, target, rows)
         recalibration, set_scores = _calibrate(mix(distributions, mixed), target, rows)
         heavy = np.flatnonzero((mixed >= 0.005) | (mixed == mixed.max()))
         share = mixed[heavy]
@@ -166,7 +166,7 @@ class Auto(Learner):
             stack=StackedPredictive(fitted[0].table, tuple(fitted), share / share.sum(), target.classes),
             recalibration=recalibration,
             set_scores=set_scores,
-            familiarity=Familiarity.fit(X),
+            familiarity=Familiarity.fit(X, weights=weights),
             leaderboard=tuple(board),
             audit=audit(crossfit, target.values[rows], self.coverage, target.classes),
             n_train=len(target.values),
@@ -229,7 +229,7 @@ def _calibrate(distribution: Distribution, target: Target, rows: np.ndarray) -> 
 
 
 def _calibrate_across_folds(
-    distributions: list, scores: list, splits: list, target: Target, rows: np.ndarray
+    distributions: list, scores: np.ndarray, row_weights: Any, splits: list, target: Target, rows: np.ndarray
 ) -> tuple[Distribution, np.ndarray]:
     """What stacking and recalibration predict for rows they did not see: learned on all other folds.
 
@@ -239,10 +239,10 @@ def _calibrate_across_folds(
     part = np.concatenate([np.full(len(test), i) for i, (_, test) in enumerate(splits)])
     if len(splits) == 1:
         part = np.random.default_rng(0).permutation(np.arange(len(rows)) % 2)
-    matrix, pieces, order, thresholds = np.stack(scores, 1), [], [], []
+    pieces, order, thresholds = [], [], []
     for number in np.unique(part):
         inside, outside = np.flatnonzero(part == number), np.flatnonzero(part != number)
-        weights = stacking_weights(matrix[outside])
+        weights = stacking_weights(scores[outside], None if row_weights is None else row_weights[outside])
         others = mix([take_rows(d, outside) for d in distributions], weights)
         recalibration, set_scores = _calibrate(others, target, rows[outside])
         mixed = mix([take_rows(d, inside) for d in distributions], weights)
@@ -265,6 +265,8 @@ def _leaderboard(
 ) -> list[dict[str, Any]]:
     stacked = metric_table(crossfit, target, rows, coverage, _threshold(set_scores, target, coverage))
     total = sum(t["seconds"] for t in done)
+    if len(tried) == 1:  # nothing was stacked, but it was recalibrated
+        return [{"learner": done[0]["learner"], **stacked, "seconds": round(total, 2), "weight": 1.0, "note": ""}]
     board = [{"learner": "stack", **stacked, "seconds": round(total, 2), "weight": 1.0, "note": ""}]
     shares = {id(t): float(w) for t, w in zip(done, mixed, strict=True)}
     for t in tried:

@@ -35,8 +35,8 @@ class DEUP(Learner):
 
     Args:
         base: the learner whose predictions are kept and whose errors are learned.
-        error: a regression learner for the logarithm of the loss; NGBoost by default. With under about 50 rows a
-            Gaussian process, as in the paper, follows the loss more smoothly.
+        error: a regression learner for the logarithm of the loss; None (default) is NGBoost. With under about 50
+            rows a Gaussian process, as in the paper, follows the loss more smoothly.
         noise: loss of the best possible prediction: the noise variance (the entropy of the classes), or a regression
             predictive whose mean it is. None (default) takes nothing away, which gives an upper bound.
         num_folds: of each round of cross-validation; (2, 5) shows the error learner every row at two distances.
@@ -49,7 +49,7 @@ class DEUP(Learner):
     """
 
     base: Learner
-    error: Learner = NGBoost()
+    error: Learner | None = None
     noise: float | Predictive | None = None
     num_folds: tuple[int, ...] = (2, 5)
 
@@ -61,7 +61,7 @@ class DEUP(Learner):
     @property
     def takes(self) -> frozenset[str]:
         """Weights, where both learners take them."""
-        return frozenset(self.base.takes) & frozenset(self.error.takes) & {"weights"}
+        return frozenset(self.base.takes) & frozenset((self.error or NGBoost()).takes) & {"weights"}
 
     def fit(self, X: Any, y: Any, *, key: Any, weights: Any = None) -> DEUPPredictive:
         """See `Learner.fit`; weights count in both learners and in the mean loss.
@@ -70,8 +70,9 @@ class DEUP(Learner):
             InputError: an error learner that cannot do regression, noise below 0, too few rows for the folds, or
                 weights that do not fit.
         """
-        if "regression" not in self.error.tasks:
-            raise InputError(f"the error learner has to predict numbers, {type(self.error).__name__} does not")
+        error_learner = self.error or NGBoost()
+        if "regression" not in error_learner.tasks:
+            raise InputError(f"the error learner has to predict numbers, {type(error_learner).__name__} does not")
         if isinstance(self.noise, int | float) and not self.noise >= 0:
             raise InputError(f"noise is an expected loss: it must be at least 0, got {self.noise}")
         target = Target.from_values(y, next(iter(self.tasks)) if len(self.tasks) == 1 else "auto")
@@ -84,7 +85,7 @@ class DEUP(Learner):
         counted = None if weights is None else weights[rows]
         least = _LEAST_SHARE * np.average(losses, weights=counted) + 1e-300
         error = fit_rows(
-            self.error,
+            error_learner,
             features,
             Target(np.log(losses + least)),
             None,

@@ -190,8 +190,8 @@ class NGBoost(Learner):
     ) -> tuple[list[NGBoostPredictive], Callable[[Any], NGBoostPredictive]]:
         """Fit on the training part of every split, and on all rows, with rounds that were chosen together.
 
-        The rounds of each part are those that suit the held-out rows of all other splits: no row has a say in its
-        own prediction, and no part has to be cross-validated once more.
+        The rounds of each part are those that suit the held-out rows of all other splits: how well a row is predicted
+        has no say in its own prediction, and no part has to be cross-validated once more.
 
         Args:
             X: rows.

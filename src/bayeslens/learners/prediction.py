@@ -101,10 +101,8 @@ def _prepare(
     if test is None:
         kind = guess_task(frame[target]) if task == "auto" else task
         encoded = Target.from_values(frame[target], kind)
-        columns = {name: _column(frame, name, role) for role, name in (("groups", groups), ("time", time))}
-        train, held = holdout_rows(
-            len(frame), seed=seed, target=encoded, groups=columns.get(groups), time=columns.get(time)
-        ) if groups or time else holdout_rows(len(frame), seed=seed, target=encoded)  # fmt: skip
+        labels, moments = _column(frame, groups, "groups"), _column(frame, time, "time")
+        train, held = holdout_rows(len(frame), seed=seed, target=encoded, groups=labels, time=moments)
         return frame.iloc[train], frame.iloc[held], warnings
     if len(test) == 0:
         raise InputError("the test table has no rows")
@@ -132,7 +130,7 @@ def _column(frame: pd.DataFrame, name: str | None, role: str) -> np.ndarray | No
                 f"time column {name!r} holds {series[parsed.isna()].iloc[0]!r}, which is neither number nor date"
             )
         series = parsed
-    return series.rank(method="first").to_numpy()
+    return series.rank(method="dense").to_numpy()
 
 
 def _fit(
@@ -297,7 +295,7 @@ def _class_columns(
 def _metrics(model: AutoPredictive, distribution: Distribution, known: Any, coverage: float) -> tuple:
     """Metrics and audit from test rows with a known target, otherwise from cross-validation."""
     if known is None:
-        stacked = next(e for e in model.leaderboard if e["learner"] == "stack")
+        stacked = next(e for e in model.leaderboard if e["learner"] == "stack" or len(model.leaderboard) == 1)
         kept = {k: v for k, v in stacked.items() if k not in ("learner", "seconds", "weight", "note")}
         return kept, "cross-validation", model.audit
     from bayeslens.core.distribution import take_rows
@@ -308,4 +306,4 @@ def _metrics(model: AutoPredictive, distribution: Distribution, known: Any, cove
     target = Target(y, model.classes, model.step)
     edge = None if model.classes is None else conformal_threshold(model.set_scores, coverage)
     metrics = metric_table(predicted, target, np.arange(len(y)), coverage, edge)
-    return metrics, "test", audit(predicted, y, coverage, model.classes)
+    return metrics, "test", audit(predicted, y, coverage, model.classes, model.set_scores)

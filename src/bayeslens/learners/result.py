@@ -13,7 +13,7 @@ from numpyro.distributions import Distribution
 from bayeslens.core.distribution import take_rows
 from bayeslens.core.learner import Predictive
 from bayeslens.core.quantile import mean_and_variance, quantile
-from bayeslens.evaluation.conformal import class_scores, prediction_sets
+from bayeslens.evaluation.conformal import class_scores, conformal_threshold, prediction_sets
 from bayeslens.evaluation.scores import pit
 
 _AUDIT_ROWS = 5000
@@ -38,18 +38,24 @@ class Audit(eqx.Module):
     interval_coverage: np.ndarray | None = None
 
 
-def audit(distribution: Distribution, y: np.ndarray, coverage: float, classes: tuple | None) -> Audit:
-    """What was predicted for at most 5,000 held-out rows, and how often intervals of each level held.
+def audit(
+    distribution: Distribution, y: np.ndarray, coverage: float, classes: tuple | None, set_scores: Any = None
+) -> Audit:
+    """What was predicted for at most 5,000 held-out rows, and how often intervals or sets of each level held.
 
-    Coverage of class sets is by leave-one-out: each row against the conformal scores of all others.
+    Class sets come from the conformal `set_scores` of other rows; without these by leave-one-out, each row against
+    the scores of all others, which is near nominal by construction.
     """
     kept = np.linspace(0, len(y) - 1, min(len(y), _AUDIT_ROWS)).round().astype(int)
     y, distribution = np.asarray(y)[kept], take_rows(distribution, kept)
     if classes is not None:
         probs = np.asarray(distribution.probs)
         scores = class_scores(probs)[np.arange(len(y)), y.astype(int)]
-        # The corrected quantile of all other scores holds a score just where the plain quantile of all does.
-        sets = [prediction_sets(probs, np.quantile(scores, level, method="inverted_cdf")) for level in _NOMINAL]
+        if set_scores is not None:
+            edges = [conformal_threshold(set_scores, level) for level in _NOMINAL]
+        else:  # the corrected quantile of all other scores holds a score just where the plain quantile of all does
+            edges = [np.quantile(scores, level, method="inverted_cdf") for level in _NOMINAL]
+        sets = [prediction_sets(probs, edge) for edge in edges]
         observed = np.array([s[np.arange(len(y)), y.astype(int)].mean() for s in sets])
         return Audit(y, probabilities=probs, interval_coverage=_with_errors(observed, len(y)))
     tail = (1 - coverage) / 2

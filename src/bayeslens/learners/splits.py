@@ -29,8 +29,10 @@ def holdout_rows(
     [2, 3, 4]
 
     Raises:
-        InputError: fewer than two rows, two groups or two times; times that are missing or do not fit the rows.
+        InputError: fewer than two rows, two groups or two times; times that are missing or do not fit the rows;
+            both groups and time.
     """
+    _check_one(groups, time)
     if rows < 2:
         raise InputError(f"{rows} row is too few to hold some out: give a separate test table or more rows")
     if time is not None:
@@ -71,6 +73,7 @@ def folds(
     Raises:
         InputError: too few rows, groups or times; times that are missing or do not fit the rows.
     """
+    _check_one(groups, time)
     rows = len(target.values)
     if rows < 3:
         raise InputError(f"{rows} rows are too few to cross-validate: at least 3 are needed")
@@ -96,6 +99,11 @@ def folds(
     if labels is not None:
         return list(StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(labels, labels))
     return list(KFold(num_folds, shuffle=True, random_state=seed).split(np.zeros(rows)))
+
+
+def _check_one(groups: Any, time: Any) -> None:
+    if groups is not None and time is not None:
+        raise InputError("a split cannot respect both groups and time: give the one that new rows will differ in")
 
 
 def _order(time: Any, rows: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
