@@ -1,6 +1,6 @@
 """`auto` against the peers on every table of `tables.py`: mean ranks by log score and by CRPS or Brier, and coverage.
 
-    python benchmarks/auto.py [--tables NAME ...] [--repeats 5] [--quick]
+    python benchmarks/auto.py [--tables NAME ...] [--repeats 5] [--fresh]
 
 Everyone gets the same rows; peers that need numbers get one-hot categories and median imputation, fitted on the
 training rows. Results are kept per table and repeat, so that an interrupted run goes on where it stopped.

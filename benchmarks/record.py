@@ -36,7 +36,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(name, path)
 
 
-def record(name: str, results: Any) -> None:
-    """Write `results/NAME.json`."""
-    value = {"results": results, "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
-    write_json(RESULTS / f"{name}.json", value)
+def record(name: str, results: dict, keep_others: bool = False) -> None:
+    """Write `results/NAME.json`; with `keep_others` entries of an earlier run that this one lacks stay."""
+    path = RESULTS / f"{name}.json"
+    if keep_others and path.exists():
+        results = json.loads(path.read_text())["results"] | results
+    write_json(path, {"results": results, "versions": versions(), "date": datetime.now(UTC).date().isoformat()})
