@@ -150,21 +150,28 @@ _COLUMNS = {
 
 
 def _print_prediction(prediction: Any) -> None:
+    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     for warning in prediction.warnings:
-        console.print(f"[yellow]note[/] {warning}", highlight=False, markup=True)
-    board = Table(title=f"Learners for {prediction.target}, by cross-validated log score", title_justify="left")
-    board.add_column("learner")
+        console.print(f"[yellow]note[/] {escape(warning)}", highlight=False)
+    title = f"Learners for {escape(prediction.target)}, by cross-validated log score"
+    board = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    board.add_column("learner", no_wrap=True)
     shown = [c for c in _COLUMNS if any(c in e for e in prediction.leaderboard)]
     for column in shown:
         board.add_column(_COLUMNS[column][0], justify="right")
     for entry in prediction.leaderboard:
-        cells = [format(entry[c], _COLUMNS[c][1]) if c in entry else "" for c in shown]
-        board.add_row(entry["learner"] + (f" ({entry['note']})" if entry["note"] else ""), *cells)
+        if "log_score" in entry:
+            cells = [format(entry[c], _COLUMNS[c][1]) if c in entry else "" for c in shown]
+            board.add_row(escape(entry["learner"]), *cells)
     console.print(board)
+    for entry in prediction.leaderboard:
+        if entry["note"]:
+            console.print(f"{entry['learner']}: {entry['note']}", highlight=False, markup=False)
     metrics = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in prediction.metrics.items())
     source = "test rows" if prediction.metrics_from == "test" else "cross-validation"
     console.print(f"{prediction.learner}: from {source}: {metrics}", highlight=False, markup=False)
