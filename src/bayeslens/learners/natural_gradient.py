@@ -14,6 +14,23 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpyro.distributions import Distribution
 
+from bayeslens.core.quantile import backend
+
+LOG_DF = (np.log(1.1), np.log(300.0))  # a Student t beyond this range is Cauchy-like, or normal
+LOG_MEAN = (-20.0, 20.0)  # of counts
+LOG_CONCENTRATION = (-5.0, 7.0)  # of a negative binomial; beyond, it is as good as a Poisson
+
+
+def columns(*values: np.ndarray) -> np.ndarray:
+    """Columns side by side, each in one piece of memory, as LightGBM takes them."""
+    return np.stack(values).T
+
+
+def bounded_exp(t: Any) -> Any:
+    """The exponential of parameters, NumPy's or traced, kept finite."""
+    xp = backend(t)
+    return xp.exp(xp.clip(t, -60.0, 60.0))
+
 
 class Family(NamedTuple):
     """One family under one score.

@@ -105,7 +105,8 @@ class NGBoost(Learner):
     Args:
         distribution: `auto` (Normal; Bernoulli or Categorical for classes; multivariate Normal for several targets),
             or a name of `ngboost_families`.
-        scoring_rule: `log` or `crps` (normal, lognormal and laplace only).
+        scoring_rule: `log`, or `crps`, which outliers move less and which for classes is the Brier score; several
+            or censored targets have the log score alone.
         num_trees: rounds at most. 500 at this learning rate suffice for most tables.
         learning_rate: shrinkage of every round; 0.05.
         num_leaves: of a tree; 8, as many as a tree of depth 3, the default of the paper's own code.

@@ -1,7 +1,8 @@
 """Distribution families for natural gradient boosting: parameters, losses, gradients and metrics, in plain NumPy.
 
-A family maps unconstrained parameters, shape (rows, parameters), to a NumPyro distribution. Tests hold each gradient
-against automatic differentiation, and each metric against quadrature.
+A family maps unconstrained parameters, shape (rows, parameters), to a NumPyro distribution. Here they are under the
+log score; `ngboost_crps_families` scores the same distributions by the CRPS. Tests hold each gradient against
+automatic differentiation, and each metric against quadrature.
 """
 
 from __future__ import annotations
@@ -18,15 +19,8 @@ from scipy import special
 from bayeslens.core.distribution import build
 from bayeslens.core.errors import InputError
 from bayeslens.core.quantile import backend
-from bayeslens.learners.natural_gradient import Family
-
-_LOG_DF = (np.log(1.1), np.log(300.0))  # a Student t beyond this range is Cauchy-like, or normal
-_SQRT_PI = np.sqrt(np.pi)
-
-
-def _columns(*columns: np.ndarray) -> np.ndarray:
-    """Columns side by side, each in one piece of memory, as LightGBM takes them."""
-    return np.stack(columns).T
+from bayeslens.learners.natural_gradient import LOG_CONCENTRATION, LOG_DF, LOG_MEAN, Family, bounded_exp, columns
+from bayeslens.learners.ngboost_crps_families import under_crps
 
 
 class _Standard(NamedTuple):
@@ -65,7 +59,7 @@ def _location_scale(standard: _Standard, build_distribution: Callable) -> Family
             slope, constant = np.where(censored, hazard, slope), np.where(censored, 0.0, 1.0)
         metric = np.empty_like(t, order="F")
         metric[:, 0], metric[:, 1] = standard.information[0] * inverse * inverse, standard.information[1]
-        return _columns(-slope * inverse, constant - slope * z), metric
+        return columns(-slope * inverse, constant - slope * z), metric
 
     return Family(_location_scale_start, loss, gradient, build_distribution, censoring=True)
 
@@ -76,14 +70,8 @@ def _location_scale_start(y: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.array([mean, np.log(max(scale, 1e-6 * max(abs(mean), 1e-6)))])
 
 
-def _exp(t: Any) -> Any:
-    """The exponential of parameters, NumPy's or traced, kept finite."""
-    xp = backend(t)
-    return xp.exp(xp.clip(t, -60.0, 60.0))
-
-
 def _with_scale(family: type[Distribution]) -> Callable[[Any], Distribution]:
-    return lambda t: build(family, loc=t[:, 0], scale=_exp(t[:, 1]))
+    return lambda t: build(family, loc=t[:, 0], scale=bounded_exp(t[:, 1]))
 
 
 def _of_log(family: Family, build_distribution: Callable) -> Family:
@@ -114,67 +102,11 @@ def _check_counts(y: np.ndarray) -> None:
         raise InputError("poisson and negative_binomial need whole targets of at least 0: use normal or lognormal")
 
 
-def _normal_crps() -> Family:
-    def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
-        scale = np.exp(t[:, 1])
-        z = (y - t[:, 0]) / scale
-        return scale * (z * (2 * special.ndtr(z) - 1) + 2 * np.exp(_NORMAL.log_density(z)) - 1 / _SQRT_PI)
-
-    def gradient(y: np.ndarray, t: np.ndarray, censored: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        scale = np.exp(t[:, 1])
-        z = (y - t[:, 0]) / scale
-        density = np.exp(_NORMAL.log_density(z))
-        slope = _columns(1 - 2 * special.ndtr(z), scale * (2 * density - 1 / _SQRT_PI))
-        return slope, _columns(1 / (_SQRT_PI * scale), scale / (2 * _SQRT_PI))
-
-    return Family(_location_scale_start, loss, gradient, _with_scale(dist.Normal))
-
-
-def _laplace_crps() -> Family:
-    def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
-        scale = np.exp(t[:, 1])
-        z = np.abs(y - t[:, 0]) / scale
-        return scale * (z + np.exp(-z) - 0.75)
-
-    def gradient(y: np.ndarray, t: np.ndarray, censored: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        scale = np.exp(t[:, 1])
-        z = (y - t[:, 0]) / scale
-        tail = np.exp(-np.abs(z))
-        slope = _columns(-np.sign(z) * (1 - tail), scale * (tail * (1 + np.abs(z)) - 0.75))
-        return slope, _columns(1 / (2 * scale), scale / 4)
-
-    return Family(_location_scale_start, loss, gradient, _with_scale(dist.Laplace))
-
-
-def _lognormal_crps() -> Family:
-    """CRPS in the units of y (Baran and Lerch 2015); its metric is not diagonal."""
-
-    def pieces(y: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:
-        scale = _exp(t[:, 1])
-        z, mean = (np.log(y) - t[:, 0]) / scale, _exp(t[:, 0] + scale**2 / 2)
-        return scale, z, mean, special.ndtr(z - scale) + special.ndtr(scale / np.sqrt(2)) - 1
-
-    def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
-        _, z, mean, share = pieces(y, t)
-        return y * (2 * special.ndtr(z) - 1) - 2 * mean * share
-
-    def gradient(y: np.ndarray, t: np.ndarray, censored: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        scale, z, mean, share = pieces(y, t)
-        at_y, at_scale = (np.exp(_NORMAL.log_density(v)) for v in (z, scale / np.sqrt(2)))
-        by_scale = scale * (2 * y * at_y - 2 * mean * scale * share - np.sqrt(2) * mean * at_scale)
-        metric = np.array([[1 / scale, scale / 2], [scale / 2, scale * (0.5 + scale**2 / 4)]])
-        metric = metric * _exp(t[:, 0] + scale**2 / 4) / _SQRT_PI
-        return _columns(-2 * mean * share, by_scale), np.moveaxis(metric, 2, 0)
-
-    start = lambda y, w: _location_scale_start(np.log(y), w)  # noqa: E731
-    return Family(start, loss, gradient, _with_scale(dist.LogNormal), _check_positive)
-
-
 def _student_t() -> Family:
     """Location, log scale and log degrees of freedom; the information is that of Lange, Little and Taylor (1989)."""
 
     def unpack(y: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, ...]:
-        df = np.exp(np.clip(t[:, 2], *_LOG_DF))
+        df = np.exp(np.clip(t[:, 2], *LOG_DF))
         inverse = np.exp(-t[:, 1])
         return df, inverse, (y - t[:, 0]) * inverse
 
@@ -210,7 +142,7 @@ def _student_t() -> Family:
         metric[:, 2, 2] = df * df * (curvature / 4 - (df + 5) / (2 * df * (df + 1) * (df + 3)))
         # With many degrees of freedom the information fades, and its inverse would chase noise.
         metric[:, 2, 2] = np.maximum(metric[:, 2, 2], 0.02)
-        return _columns(-slope * inverse, constant - slope * z, by_df), metric
+        return columns(-slope * inverse, constant - slope * z, by_df), metric
 
     def start(y: np.ndarray, w: np.ndarray) -> np.ndarray:
         _, log_scale = _location_scale_start(y, w)
@@ -218,8 +150,8 @@ def _student_t() -> Family:
         return np.array([np.median(y), np.log(spread) if spread > 0 else log_scale, np.log(5.0)])
 
     def distribution(t: np.ndarray) -> Distribution:
-        df = _exp(backend(t).clip(t[:, 2], *_LOG_DF))
-        return build(dist.StudentT, df=df, loc=t[:, 0], scale=_exp(t[:, 1]))
+        df = bounded_exp(backend(t).clip(t[:, 2], *LOG_DF))
+        return build(dist.StudentT, df=df, loc=t[:, 0], scale=bounded_exp(t[:, 1]))
 
     return Family(start, loss, gradient, distribution, censoring=True)
 
@@ -229,7 +161,7 @@ def _poisson() -> Family:
         lambda y, w: np.array([np.log(max(np.average(y, weights=w), 1e-6))]),
         lambda y, t, censored=None: np.exp(t[:, 0]) - y * t[:, 0] + special.gammaln(y + 1),
         lambda y, t, censored=None: (np.exp(t) - y[:, None], np.exp(t)),
-        lambda t: build(dist.Poisson, rate=_exp(t[:, 0])),
+        lambda t: build(dist.Poisson, rate=bounded_exp(t[:, 0])),
         _check_counts,
         rate=0,
     )
@@ -241,7 +173,7 @@ def _concentration_information() -> Any:
     from scipy.interpolate import RectBivariateSpline
     from scipy.stats import nbinom
 
-    log_mean, log_r = np.linspace(-6, 9, 31), np.linspace(-5, 7, 31)
+    log_mean, log_r = np.linspace(-6, 9, 31), np.linspace(*LOG_CONCENTRATION, 31)
     table = np.empty((31, 31))
     for i, m in enumerate(np.exp(log_mean)):
         for j, r in enumerate(np.exp(log_r)):
@@ -261,7 +193,7 @@ def _negative_binomial() -> Family:
 
     def unpack(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         xp = backend(t)
-        return xp.exp(xp.clip(t[:, 0], -20, 20)), xp.exp(xp.clip(t[:, 1], -5, 7))
+        return xp.exp(xp.clip(t[:, 0], *LOG_MEAN)), xp.exp(xp.clip(t[:, 1], *LOG_CONCENTRATION))
 
     def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
         m, r = unpack(t)
@@ -271,9 +203,10 @@ def _negative_binomial() -> Family:
     def gradient(y: np.ndarray, t: np.ndarray, censored: Any = None) -> tuple[np.ndarray, np.ndarray]:
         m, r = unpack(t)
         by_r = special.digamma(y + r) - special.digamma(r) + np.log(r / (r + m)) + 1 - (r + y) / (r + m)
-        information = np.exp(_concentration_information().ev(np.clip(t[:, 0], -6, 9), np.clip(t[:, 1], -5, 7)))
-        slope = _columns((m - y) * r / (r + m), -r * by_r)
-        return slope, _columns(m * r / (m + r), np.maximum(information, 1e-2))
+        log_mean, log_r = np.clip(t[:, 0], -6, 9), np.clip(t[:, 1], *LOG_CONCENTRATION)
+        information = np.exp(_concentration_information().ev(log_mean, log_r))
+        slope = columns((m - y) * r / (r + m), -r * by_r)
+        return slope, columns(m * r / (m + r), np.maximum(information, 1e-2))
 
     def start(y: np.ndarray, w: np.ndarray) -> np.ndarray:
         mean = max(np.average(y, weights=w), 1e-6)
@@ -346,7 +279,7 @@ def _multivariate_normal(size: int) -> Family:
     places = np.eye(size * size)[rows * size + columns]
 
     def unpack(t: np.ndarray) -> np.ndarray:
-        entries = backend(t).where(diagonal, _exp(backend(t).clip(t[:, size:], -30, 30)), t[:, size:])
+        entries = backend(t).where(diagonal, bounded_exp(backend(t).clip(t[:, size:], -30, 30)), t[:, size:])
         return (entries @ places).reshape(-1, size, size)
 
     def loss(y: np.ndarray, t: np.ndarray, censored: Any = None) -> np.ndarray:
@@ -397,40 +330,36 @@ def family_of(name: str, *, score: str = "log", classes: int | None = None, targ
     Args:
         name: one of `NAMES`, or for classes `bernoulli` or `categorical`, or for several targets
             `multivariate_normal`; `auto` is the normal, or what suits the classes or targets.
-        score: `log`, or `crps` for normal, lognormal and laplace.
+        score: `log`, or `crps`, which for classes is the Brier score and for several targets is not there.
         classes: how many, for classification.
         targets: how many numbers each row has.
 
     Raises:
         InputError: an unknown name, or one that does not suit the target or the score.
     """
+    if score not in ("log", "crps"):
+        raise InputError(f"unknown score {score!r}: use log or crps")
     if classes is not None:
         if name not in ("auto", "bernoulli", "categorical") or (name == "bernoulli" and classes != 2):
             raise InputError(f"distribution {name!r} does not suit {classes} classes: use auto, or categorical")
-        if score != "log":
-            raise InputError("classes are boosted under the log score: use score='log'")
-        return _bernoulli() if classes == 2 and name != "categorical" else _categorical(classes)
-    if targets > 1:
+        name = "bernoulli" if classes == 2 and name != "categorical" else "categorical"
+        family = _bernoulli() if name == "bernoulli" else _categorical(classes)
+    elif targets > 1:
         if name not in ("auto", "multivariate_normal") or score != "log":
-            raise InputError(f"{targets} targets need distribution='multivariate_normal' and score='log'")
+            raise InputError(f"{targets} targets need distribution='multivariate_normal' and the log score")
         return _multivariate_normal(targets)
-    if score == "crps":
-        crps = {"normal": _normal_crps, "lognormal": _lognormal_crps, "laplace": _laplace_crps}
-        if name not in ("auto", *crps):
-            raise InputError(f"score='crps' is there for {', '.join(crps)}, not for {name!r}: use score='log'")
-        return crps[name if name in crps else "normal"]()
-    if score != "log":
-        raise InputError(f"unknown score {score!r}: use log or crps")
-    normal = _location_scale(_NORMAL, _with_scale(dist.Normal))
-    families = {
-        "auto": lambda: normal,
-        "normal": lambda: normal,
-        "lognormal": lambda: _of_log(normal, _with_scale(dist.LogNormal)),
-        "laplace": lambda: _location_scale(_LAPLACE, _with_scale(dist.Laplace)),
-        "student_t": _student_t,
-        "poisson": _poisson,
-        "negative_binomial": _negative_binomial,
-    }
-    if name not in families:
-        raise InputError(f"unknown distribution {name!r}: use auto, {', '.join(NAMES)}")
-    return families[name]()
+    else:
+        name = "normal" if name == "auto" else name
+        normal = _location_scale(_NORMAL, _with_scale(dist.Normal))
+        families = {
+            "normal": lambda: normal,
+            "lognormal": lambda: _of_log(normal, _with_scale(dist.LogNormal)),
+            "laplace": lambda: _location_scale(_LAPLACE, _with_scale(dist.Laplace)),
+            "student_t": _student_t,
+            "poisson": _poisson,
+            "negative_binomial": _negative_binomial,
+        }
+        if name not in families:
+            raise InputError(f"unknown distribution {name!r}: use auto, {', '.join(NAMES)}")
+        family = families[name]()
+    return family if score == "log" else under_crps(name, family)
