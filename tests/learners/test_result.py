@@ -93,3 +93,13 @@ def test_the_summary_is_plain():
         "metrics_from": "test", "leaderboard": [{"learner": "linear", "weight": 1.0}], "seconds": 0.5,
         "files": {"report": "r.html"}, "warnings": ["one"],
     }  # fmt: skip
+
+
+def test_class_sets_by_the_scores_of_other_rows():
+    probs = np.array([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]], np.float32)
+    y = np.array([0.0, 0.0, 1.0])
+    none = audit(dist.CategoricalProbs(probs), y, 0.9, ("a", "b"), np.zeros(1000))
+    every = audit(dist.CategoricalProbs(probs), y, 0.9, ("a", "b"), np.full(1000, 1.0))
+    # Scores of 0 promise that the likeliest class is always right, which holds for the first row alone.
+    assert none.interval_coverage[:, 1].max() <= 1 / 3 + 1e-9
+    np.testing.assert_allclose(every.interval_coverage[:, 1], 1.0)
