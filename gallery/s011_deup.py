@@ -157,6 +157,11 @@ def _truth(x: np.ndarray) -> np.ndarray:
     return np.where(x < 0, np.sin(12 * x), 0.5 * x)
 
 
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, and 0 for what says the same everywhere."""
+    return float(spearmanr(a, b)[0]) if np.ptp(a) > 0 else 0.0
+
+
 def _rank_correlations(base: Learner, seeds: Any, control: bool) -> tuple[float, float]:
     """Mean rank correlations with the true excess risk: of the base's epistemic variance, and of DEUP."""
     error = ShuffledLosses(NGBoost()) if control else NGBoost()
@@ -167,9 +172,9 @@ def _rank_correlations(base: Learner, seeds: Any, control: bool) -> tuple[float,
         y = _truth(x) + _NOISE * rng.normal(size=_ROWS)
         deup = DEUP(base, error=error, noise=_NOISE**2).fit(x[:, None], y, key=jax.random.key(seed))
         excess = np.square(mean_and_variance(deup(_GRID))[0] - _truth(_GRID[:, 0]))
-        own.append(spearmanr(variance_split(*deup.members(_GRID)).epistemic, excess)[0])
+        own.append(_rank_correlation(variance_split(*deup.members(_GRID)).epistemic, excess))
         # Ranks of the predicted loss are those of the excess risk, without ties where that is cut off at 0.
-        learned.append(spearmanr(deup.expected_loss(_GRID), excess)[0])
+        learned.append(_rank_correlation(deup.expected_loss(_GRID), excess))
     return float(np.mean(own)), float(np.mean(learned))
 
 
