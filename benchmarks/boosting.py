@@ -118,6 +118,7 @@ def compare_tuned(rows: int) -> dict:
             "ngboost_settings": {"trees": trees, "rate": rate, "row_fraction": fraction},
         }
         print("tuned", name, json.dumps(result[name]), flush=True)
+        record("boosting", {"tuned": result}, keep_others=True)  # each takes minutes
     return result
 
 

@@ -8,7 +8,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Bool, Float
 
-from bayeslens.core.table import Table
+from bayeslens.core.table import Table, take
 
 _REFERENCE_ROWS = 2000
 _NEIGHBOURS = 3
@@ -41,7 +41,7 @@ class Familiarity(eqx.Module):
         table = Table.from_data(data, weights)
         rows = len(data)
         kept = np.sort(np.random.default_rng(seed).permutation(rows)[:_REFERENCE_ROWS])
-        reference = table.dense(data.iloc[kept] if hasattr(data, "iloc") else np.asarray(data)[kept])
+        reference = table.dense(take(data, kept))
         return cls(table, reference, np.sort(_neighbour_distance(reference, reference, skip=1)))
 
     def p_value(self, data: Any) -> Float[np.ndarray, " rows"]:

@@ -22,7 +22,7 @@ from bayeslens.evaluation.conformal import class_scores, conformal_threshold, pr
 from bayeslens.evaluation.familiarity import Familiarity
 from bayeslens.evaluation.scores import LEVELS, brier_loss, crps_loss_from_quantiles, log_score, pit
 from bayeslens.learners.result import Audit, audit
-from bayeslens.learners.splits import folds
+from bayeslens.learners.splits import folds, seed_from
 from bayeslens.learners.stacking import StackedPredictive, out_of_fold, stacking_weights
 
 _CRPS_ROWS = 2000  # rows on which a cross-validated CRPS is computed: enough for two digits
@@ -139,7 +139,7 @@ class Auto(Learner):
             InputError: no candidate could be fitted.
         """
         target = Target.from_values(y, self.task)
-        seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+        seed = seed_from(key)
         splits = folds(target, num_folds=self.num_folds, seed=seed, groups=groups, time=time)
         chosen = self.learners or candidates(target, len(target.values))
         tried = _try_all(chosen, X, target, splits, key, weights, self.time_budget, progress)

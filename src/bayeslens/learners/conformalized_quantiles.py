@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from numpyro.distributions import Distribution
@@ -17,7 +16,7 @@ from bayeslens.core.transformed import QuantileDistribution
 from bayeslens.evaluation.conformal import conformal_threshold
 from bayeslens.learners.boosted_trees import BoostedTrees, export_trees
 from bayeslens.learners.linear import check_weights
-from bayeslens.learners.splits import holdout_rows
+from bayeslens.learners.splits import holdout_rows, seed_from
 
 _HELD_OUT_SHARE = 0.25
 _LEAVES = 8
@@ -40,6 +39,7 @@ class ConformalizedQuantiles(Learner):
             rows cannot certify (below 1/(n + 1)) are left out.
         num_trees: of each level; 100.
 
+    >>> import jax
     >>> X = np.random.default_rng(0).normal(size=(200, 1))
     >>> predictive = ConformalizedQuantiles(num_trees=5).fit(X, X[:, 0], key=jax.random.key(0))
     >>> low, high = predictive(X).quantile(np.array([[0.05], [0.95]]))
@@ -69,7 +69,7 @@ class ConformalizedQuantiles(Learner):
             X, target, weights = take(X, used), target.rows(used), weights[used]
         weights = weights / weights.mean()  # LightGBM interpolates between rows by whether weights exceed 1
         table = Table.from_data(X, weights)
-        seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+        seed = seed_from(key)
         train, held_out = holdout_rows(len(used), seed=seed, share=_HELD_OUT_SHARE)
         levels = levels[np.minimum(levels, 1 - levels) * (len(held_out) + 1) >= 1 - 1e-9]
         center, scale = _standardize(target.values, weights)

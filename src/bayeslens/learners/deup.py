@@ -18,7 +18,7 @@ from bayeslens.evaluation.scores import log_score
 from bayeslens.evaluation.uncertainty import entropy_split, variance_split
 from bayeslens.learners.linear import check_weights
 from bayeslens.learners.ngboost import NGBoost
-from bayeslens.learners.splits import folds
+from bayeslens.learners.splits import folds, seed_from
 
 _LEAST_SHARE = 1e-2  # of the mean loss: added before the logarithm, so that lucky hits do not rule the fit
 _LEAST_DISTANCE = 1e-2  # standard deviations: rows nearer than this are all near
@@ -108,7 +108,7 @@ class DEUP(Learner):
         rows, features, losses = [], [], []
         for round_, count in enumerate(self.num_folds):
             round_key = jax.random.fold_in(key, 2 + round_)
-            seed = int(jax.random.randint(round_key, (), 0, 2**31 - 1))
+            seed = seed_from(round_key)
             for number, (train, test) in enumerate(folds(target, num_folds=count, seed=seed)):
                 fitted = fit_rows(self.base, X, target, train, jax.random.fold_in(round_key, number), weights)
                 counted = None if weights is None else weights[train]

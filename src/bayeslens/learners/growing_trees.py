@@ -31,7 +31,7 @@ class GrowingTrees:
         num_outputs: sums for each row.
 
     >>> x = np.arange(100, dtype=np.float32)[:, None]
-    >>> trees = GrowingTrees(x, None, (), {"learning_rate": 1.0, "verbose": -1}, 1)
+    >>> trees = GrowingTrees(x, None, (), {"learning_rate": 1.0}, 1)
     >>> trees.grow(np.where(x < 50, 1.0, -1.0), np.ones((100, 1)))
     >>> trees.sums[[0, 99]].ravel().tolist()
     [-1.0, 1.0]
@@ -52,7 +52,7 @@ class GrowingTrees:
         threads = max(1, cores // side_by_side) if len(x) >= _MANY_THREADS_ROWS else 1
         settings = settings | {"objective": "none", "metric": "none", "verbose": -1, "num_threads": threads}
         seeds = [settings.get("seed", 0) + 7919 * k for k in range(num_outputs)]
-        data = lightgbm.Dataset(x, categorical_feature=list(categorical), params=settings, free_raw_data=True)
+        data = lightgbm.Dataset(x, categorical_feature=list(categorical), params=settings)
         data.construct()
         self.boosters: list[Any] = [None] * num_outputs
         # LightGBM refuses data without any possible split.

@@ -15,7 +15,7 @@ from numpyro.distributions import Distribution
 from bayeslens.core.distribution import build
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
-from bayeslens.core.table import Table, Target
+from bayeslens.core.table import Table, Target, take
 
 _CHUNK = 65536  # rows whose features are held in float64 at once
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
@@ -124,7 +124,7 @@ def _chunks(table: Table, X: Any, *columns: np.ndarray) -> Iterator[tuple[np.nda
     """Dense features in float64, a bounded number of rows at a time."""
     for start in range(0, len(columns[0]), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        part = X.iloc[rows] if hasattr(X, "iloc") else np.asarray(X)[rows]
+        part = take(X, rows)
         yield table.dense(part).astype(np.float64), *(c[rows] for c in columns)
 
 

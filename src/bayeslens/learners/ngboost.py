@@ -22,7 +22,7 @@ from bayeslens.learners.growing_trees import GrowingTrees
 from bayeslens.learners.linear import check_weights
 from bayeslens.learners.natural_gradient import Family, best_shift, marginal_parameters, natural_gradient
 from bayeslens.learners.ngboost_families import family_of
-from bayeslens.learners.splits import folds, holdout_rows
+from bayeslens.learners.splits import folds, holdout_rows, seed_from
 
 _FOLD_ROWS = 1000  # below this, rounds are chosen by cross-validation: one held-out part would tell too little
 _NUM_FOLDS = 5
@@ -175,7 +175,7 @@ class NGBoost(Learner):
         """
         self._check_settings()
         training = self._prepare(X, y, weights, offset, censored, groups)
-        seed = _seed(key)
+        seed = seed_from(key)
         rows, splits = training.rows, self._splits(training, seed)
         if not splits:
             rounds = 0 if len(rows.y) < _LEAST_ROWS else self.num_trees
@@ -207,12 +207,10 @@ class NGBoost(Learner):
         if not self.early_stopping_rounds or min(len(train) for train, _ in splits) < _LEAST_ROWS or len(splits) == 1:
             return super().fit_folds(X, target, splits, key=key, weights=weights)
         self._check_settings()
-        seed, parts, runs = _seed(key), [], []
+        seed, parts, runs, weights = seed_from(key), [], [], check_weights(weights, len(target.values))
         for train, held in splits:
-            part, every = [None if weights is None else np.asarray(weights)[r] for r in (train, held)]
-            parts.append(self._prepare(take(X, train), target.rows(train), part))
-            counts = np.ones(len(held)) if every is None else np.asarray(every, np.float64)
-            rest = _Rows(parts[-1].table.trees(take(X, held)), target.values[held], counts, None, None)
+            parts.append(self._prepare(take(X, train), target.rows(train), weights[train]))
+            rest = _Rows(parts[-1].table.trees(take(X, held)), target.values[held], weights[held], None, None)
             runs.append(self._start(parts[-1], parts[-1].rows, rest, seed))
         curves = self._grow_together(runs)
         fitted = []
@@ -223,7 +221,7 @@ class NGBoost(Learner):
             else:
                 fitted.append(self._grow_members(part, *chosen, seed))
         chosen = curves.choose(range(len(runs)))
-        return fitted, lambda key: self._grow_members(self._prepare(X, target, weights), *chosen, _seed(key))
+        return fitted, lambda key: self._grow_members(self._prepare(X, target, weights), *chosen, seed_from(key))
 
     def _check_settings(self) -> None:
         least_of = {"num_trees": 1, "num_leaves": 2, "min_rows_per_leaf": 1, "num_members": 1}
@@ -365,10 +363,6 @@ class NGBoost(Learner):
             "force_row_wise": True,
             "seed": seed % 10**6,
         }
-
-
-def _seed(key: Any) -> int:
-    return int(jax.random.randint(key, (), 0, 2**31 - 1))
 
 
 def _spread_shift(family: Family, held_out: list[_Rows], theta: list[np.ndarray]) -> np.ndarray:

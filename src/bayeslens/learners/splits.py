@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 
@@ -13,6 +14,15 @@ from bayeslens.core.table import Target
 
 _ONE_SPLIT_ROWS = 20_000  # above this, one held-out part tells enough
 _HELD_OUT_ROWS = 50_000
+
+
+def seed_from(key: Any) -> int:
+    """A seed for libraries that draw by NumPy or for themselves.
+
+    >>> seed_from(jax.random.key(0)) == seed_from(jax.random.key(0))
+    True
+    """
+    return int(jax.random.randint(key, (), 0, 2**31 - 1))
 
 
 def holdout_rows(

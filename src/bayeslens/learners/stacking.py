@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from numpyro.distributions import Distribution
@@ -17,7 +16,7 @@ from bayeslens.core.mixture import mix, side_by_side
 from bayeslens.core.table import Table, Target, take
 from bayeslens.core.transformed import through_rounding_cells
 from bayeslens.evaluation.scores import log_score
-from bayeslens.learners.splits import folds
+from bayeslens.learners.splits import folds, seed_from
 
 SCORE_FLOOR = -100.0  # nats: one impossible row must not decide a weight by infinity
 
@@ -87,6 +86,7 @@ class Stacking(Learner):
         learners: at least one, all for the same task.
         num_folds: of the cross-validation; 5.
 
+    >>> import jax
     >>> from bayeslens.learners.linear import BayesianLinearRegression
     >>> X = np.random.default_rng(0).normal(size=(40, 2))
     >>> stack = Stacking((BayesianLinearRegression(), BayesianLinearRegression(prior_precision=1e6)))
@@ -117,7 +117,7 @@ class Stacking(Learner):
         if not self.tasks:
             raise InputError("the stacked learners have no task in common: stack regressors or classifiers only")
         target = Target.from_values(y, next(iter(self.tasks)) if len(self.tasks) == 1 else "auto")
-        splits = folds(target, num_folds=self.num_folds, seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
+        splits = folds(target, num_folds=self.num_folds, seed=seed_from(key))
         found = [out_of_fold(learner, X, target, splits, key, weights) for learner in self.learners]
         rows = found[0].rows
         scores = [log_score(f.distribution, target.values[rows], target.step) for f in found]
