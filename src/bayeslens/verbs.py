@@ -178,8 +178,8 @@ def show(noun: Any) -> str:
     return describe(noun)
 
 
-def infer(model: Callable, data: dict[str, Any], *, key: Any, engine: str = "auto", **settings: Any) -> Any:
-    """The posterior of a NumPyro model given data; see `inference.nuts.infer`."""
-    from bayeslens.inference.nuts import infer as run
+def infer(model: Callable, data: dict[str, Any], *, key: Any, engine: Any = "auto", **settings: Any) -> Any:
+    """The posterior of a NumPyro model given data; see `inference.infer`."""
+    from bayeslens.inference.infer import infer as run
 
     return run(model, data, key=key, engine=engine, **settings)

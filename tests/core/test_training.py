@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 
-from bayeslens.core import training
+from bayeslens.core import progress, training
 from bayeslens.core.errors import InputError
 from bayeslens.core.saving import load, save
 from bayeslens.core.training import leaf_names, train
@@ -225,7 +225,7 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
 
 
 def test_a_bar_on_terminals_only(monkeypatch, capsys):
-    monkeypatch.setattr(training, "_SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SILENT_SECONDS", 0.0)
     train(squares, start(), DATA, key=KEY, num_steps=20)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

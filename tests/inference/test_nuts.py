@@ -27,6 +27,11 @@ def beta_model(successes, trials):
     numpyro.sample("successes", dist.Binomial(trials, p), obs=successes)
 
 
+def counts_model(y):
+    k = numpyro.sample("k", dist.Poisson(3.0))
+    numpyro.sample("y", dist.Normal(k, 1.0), obs=y)
+
+
 @pytest.fixture(scope="module")
 def posterior():
     y = np.linspace(0.0, 2.0, 10)
@@ -90,6 +95,7 @@ def test_a_bad_sampler_is_said_to_be_bad():
     def funnel():
         scale = numpyro.sample("scale", dist.Normal(0.0, 3.0))
         numpyro.sample("x", dist.Normal(jnp.zeros(5), jnp.exp(scale / 2)).to_event(1))
+        numpyro.factor("nothing", 0.0)
 
     assert bayeslens.infer(funnel, {}, key=KEY, num_warmup=100, num_samples=100).warnings
 
@@ -104,7 +110,9 @@ def test_a_bad_sampler_is_said_to_be_bad():
         (normal_model, {"y": np.zeros(3)}, {}, "failed on these data"),
         (normal_model, {"y": np.zeros(10)}, {"engine": "magic"}, "unknown engine"),
         (normal_model, {"y": np.zeros(10)}, {"num_samples": 0}, "num_samples"),
-        (lambda: numpyro.sample("k", dist.Bernoulli(0.5)), {}, {}, "discrete"),
+        (normal_model, {"y": None}, {}, "observes nothing"),
+        (beta_model, {"successes": 11, "trials": 10}, {}, "'successes' has 1 values outside the support"),
+        (counts_model, {"y": 3}, {"engine": "nuts"}, "'k'. are discrete"),
     ],
 )
 def test_bad_input(model, data, settings, message):

@@ -28,6 +28,9 @@ class Posterior(eqx.Module):
             there is a density and nothing was drawn yet.
         log_weights: unnormalized log weights of particles, shape (chains, draws); None when all count alike.
         log_evidence: log marginal likelihood of the data, where the engine has it.
+        log_evidence_error: its standard error, in nats, where it is an estimate.
+        log_evidence_bound: a lower bound on it, where the engine maximizes one.
+        k_hat: Pareto k-hat of an approximation's draws as proposals for the exact posterior: above 0.7 they miss it.
         engine: what made it, such as `"nuts"`.
         settings: the engine's settings; with random engines the data of their `key`, a list of integers.
         statistics: sampler statistics such as `diverging`, each of shape (chains, draws).
@@ -36,6 +39,10 @@ class Posterior(eqx.Module):
         model: the NumPyro program, for `predict`; it is not stored in files: `load(path, model=...)`.
         density: site -> distribution, independent of each other, where the posterior has a tractable density: see
             `from_density`.
+        data: the model's arguments by name, as far as they are arrays, numbers and text.
+        plan: what `infer` did with each site and why.
+        marginals: site -> exact marginal distribution, with the site's shape, where an exact engine knows it. Sites
+            may depend on each other: the draws are of all together.
 
     >>> p = Posterior({"mu": np.arange(6.0).reshape(2, 3)})
     >>> p["mu"].shape, p.names
@@ -52,6 +59,12 @@ class Posterior(eqx.Module):
     versions: dict[str, str] = eqx.field(default_factory=dict)
     model: Callable | None = None
     density: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    plan: Any = None
+    marginals: dict[str, Any] | None = None
+    log_evidence_error: Any = None
+    log_evidence_bound: Any = None
+    k_hat: Any = None
 
     from_caller: ClassVar[tuple[str, ...]] = ("model",)
 
@@ -164,10 +177,14 @@ class Posterior(eqx.Module):
         if not self.density:
             raise InputError("this posterior has draws and no density: make one with `Posterior.from_density`")
 
+    def doubted(self, warnings: tuple[str, ...]) -> Posterior:
+        """The same with more sentences on why it should not be trusted."""
+        return dataclasses.replace(self, warnings=(*self.warnings, *warnings))
+
     def push(self, function: Callable[[dict[str, Array]], Any], name: str = "value") -> Posterior:
         """The posterior of a function of the sites, draw by draw.
 
-        How the draws were made is kept. The density is not, and neither is the model, whose sites are not these.
+        How the draws were made is kept. Densities are not, and neither is the model, whose sites are not these.
 
         Args:
             function: of one draw, a dict by site; it returns an array, or a dict of arrays.
@@ -179,7 +196,7 @@ class Posterior(eqx.Module):
         """
         pushed = jax.vmap(jax.vmap(function))({n: jnp.asarray(self[n]) for n in self.names})
         pushed = pushed if isinstance(pushed, dict) else {name: pushed}
-        return dataclasses.replace(self, draws=pushed, model=None, density=None)
+        return dataclasses.replace(self, draws=pushed, model=None, density=None, marginals=None)
 
     def predict(self, new_data: dict[str, Any], *, key: Any) -> dict[str, Float[Array, "draws ..."]]:
         """Posterior predictive draws of the model's sites for new arguments, over all chains.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.files import check_writable
+from bayeslens.core.progress import ProgressBar
 from bayeslens.core.saving import load, save
 
 _PIECE_SECONDS = 0.25  # of one compiled call: how long Ctrl-C may have to wait
 _CHECKPOINT_SECONDS = 10.0
-_SILENT_SECONDS = 2.0
 
 Loss = Callable[[Any, Any, Array], Float[Array, ""]]
 
@@ -394,7 +393,7 @@ class _Progress:
     """A bar on a terminal after two seconds, or sentences for whoever asked for them."""
 
     def __init__(self, total: int, tell: Callable[[str], None] | None):
-        self.total, self.tell, self.begun, self.bar, self.told = total, tell, time.perf_counter(), None, 0
+        self.total, self.tell, self.bar, self.told = total, tell, ProgressBar("training", total), 0
 
     def __enter__(self) -> _Progress:
         return self
@@ -405,18 +404,7 @@ class _Progress:
                 self.tell(f"step {state.step} of {self.total}, loss {state.checks[-1]:.4g}")
             self.told = len(state.checks)
             return
-        if self.bar is None:
-            if time.perf_counter() - self.begun < _SILENT_SECONDS or not sys.stderr.isatty():
-                return
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.bar.add_task("", total=self.total)
-        self.bar.update(self.bar.task_ids[0], completed=state.step, description=f"loss {state.losses[-1]:.4g}")
+        self.bar(state.step, f"loss {state.losses[-1]:.4g}")
 
     def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.__exit__()

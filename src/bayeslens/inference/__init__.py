@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import importlib
 
-_PUBLIC = {"infer": "nuts"}
+_PUBLIC = {
+    "ENGINES": "infer",
+    "NUTS": "nuts",
+    "convergence": "diagnostics",
+    "engine_named": "infer",
+    "infer": "infer",
+    "pareto_k": "diagnostics",
+}
 __all__ = sorted(_PUBLIC)
 
 
