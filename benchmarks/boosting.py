@@ -54,7 +54,7 @@ def fit_peer(x, y, seed, trees=TREES, rate=RATE, **settings):
 
     base = DecisionTreeRegressor(criterion="friedman_mse", max_depth=DEPTH, min_samples_leaf=10)
     model = NGBRegressor(
-        Base=base, n_estimators=trees, learning_rate=rate, verbose=False, random_state=seed, tol=0.0, **settings
+        Base=base, n_estimators=trees, learning_rate=rate, verbose=False, random_state=seed, **settings
     )
     return model.fit(x, y)
 
