@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -99,6 +100,61 @@ def predict(
 
 
 @app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="The model, as MODEL.py:function.")],
+    data: Annotated[str, typer.Argument(help="JSON file: the model's arguments by name.")],
+    engine: Annotated[str, typer.Option(help="auto, or the name of an engine.")] = "auto",
+    out: Annotated[str | None, typer.Option(help="Draws, as netCDF for ArviZ (.nc) or as .bayes.")] = None,
+    report: Annotated[str | None, typer.Option(help="Self-contained HTML report.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """The posterior of a NumPyro model: a plan, a summary, and whether to trust it."""
+    import jax
+
+    from bayeslens import verbs
+    from bayeslens.core.files import check_writable, load_function, read_arguments, write_posterior
+
+    for path in (out, report):
+        if path is not None:
+            check_writable(path)
+    with _progress(quiet=as_json) as progress:
+        progress("reading")
+        function, arguments = load_function(model), read_arguments(data)
+        progress("inferring")
+        posterior = verbs.infer(function, arguments, key=jax.random.key(seed), engine=engine)
+    files = {}
+    if out is not None:
+        write_posterior(posterior, out)
+        files["out"] = out
+    if report is not None:
+        from bayeslens.report import write_report
+
+        write_report(posterior, report)
+        files["report"] = report
+    if as_json:
+        print(json.dumps(_finite(_posterior_summary(posterior) | {"files": files})))
+    else:
+        _print_posterior(posterior, files)
+
+
+def _posterior_summary(posterior: Any) -> dict[str, Any]:
+    table = posterior.summary()
+    return {
+        "engine": posterior.engine,
+        "plan": None if posterior.plan is None else [dataclasses.asdict(site) for site in posterior.plan.sites],
+        "summary": {name: dict(row) for name, row in table.iterrows()},
+        "log_evidence": posterior.log_evidence,
+        "log_evidence_error": posterior.log_evidence_error,
+        "log_evidence_bound": posterior.log_evidence_bound,
+        "k_hat": posterior.k_hat,
+        "warnings": list(posterior.warnings),
+        "settings": posterior.settings,
+        "versions": posterior.versions,
+    }
+
+
+@app.command()
 def show(file: Annotated[str, typer.Argument(help="A .bayes file.")]) -> None:
     """What a saved file holds."""
     from bayeslens import verbs
@@ -181,6 +237,45 @@ def _print_prediction(prediction: Any) -> None:
     )
     for role, path in prediction.files.items():
         console.print(f"{role}: {path}", highlight=False, markup=False)
+
+
+_MOST_ROWS = 40  # of a summary on a terminal; files have them all
+
+
+def _print_posterior(posterior: Any, files: dict[str, str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if posterior.plan is not None:
+        console.print(str(posterior.plan), highlight=False, markup=False)
+    summary = posterior.summary()
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("site", no_wrap=True)
+    for column in summary.columns:
+        shown.add_column(column.replace("_", " "), justify="right")
+    for name, row in summary.head(_MOST_ROWS).iterrows():
+        shown.add_row(escape(str(name)), *(_figure(c, v) for c, v in row.items()))
+    console.print(shown)
+    if len(summary) > _MOST_ROWS:
+        console.print(f"and {len(summary) - _MOST_ROWS} more rows", highlight=False)
+    if posterior.log_evidence is not None:
+        error = "" if posterior.log_evidence_error is None else f" ± {float(posterior.log_evidence_error):.2g}"
+        console.print(f"log evidence {float(posterior.log_evidence):.4f}{error} nats", highlight=False)
+    if posterior.log_evidence_bound is not None:
+        console.print(f"log evidence at least {float(posterior.log_evidence_bound):.4f} nats", highlight=False)
+    for warning in posterior.warnings:
+        console.print(f"[yellow]do not trust this yet[/] {escape(warning)}", highlight=False)
+    for role, path in files.items():
+        console.print(f"{role}: {path}", highlight=False, markup=False)
+
+
+def _figure(column: str, value: float) -> str:
+    if value != value:
+        return ""
+    return f"{value:.0f}" if column.startswith("ess") else f"{value:.3f}" if column == "r_hat" else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -183,3 +183,17 @@ def infer(model: Callable, data: dict[str, Any], *, key: Any, engine: Any = "aut
     from bayeslens.inference.infer import infer as run
 
     return run(model, data, key=key, engine=engine, **settings)
+
+
+def plan(model: Callable, data: dict[str, Any]) -> Any:
+    """What `infer` will do with each site of a NumPyro model, and why; see `inference.planning.plan`."""
+    from bayeslens.inference.planning import plan as make
+
+    return make(model, data)
+
+
+def compare(posteriors: dict[str, Any]) -> Any:
+    """Posteriors of several models by what they predict; see `evaluation.model_comparison.compare`."""
+    from bayeslens.evaluation.model_comparison import compare as run
+
+    return run(posteriors)

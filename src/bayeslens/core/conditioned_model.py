@@ -36,6 +36,7 @@ class LatentSite(NamedTuple):
         discrete: whether its values are.
         support_size: how many values an entry can take, None where they are infinitely many.
         proper: whether its prior can be drawn from.
+        support: of an entry: "real", "positive", "unit" (interval), "simplex", "finite", or "" for others.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LatentSite(NamedTuple):
     discrete: bool
     support_size: int | None
     proper: bool
+    support: str
 
 
 class ConditionedModel(eqx.Module):
@@ -60,6 +62,7 @@ class ConditionedModel(eqx.Module):
         observed: names of the observed sites, factors among them.
         structure: of the unconstrained vector: parts are continuous sites.
         subsampled: plates of which a part is drawn anew in each run.
+        deterministic: names of the deterministic sites.
     """
 
     model: Callable = eqx.field(static=True)
@@ -68,11 +71,17 @@ class ConditionedModel(eqx.Module):
     observed: tuple[str, ...] = eqx.field(static=True)
     structure: Structure
     subsampled: tuple[str, ...] = eqx.field(static=True)
+    deterministic: tuple[str, ...] = eqx.field(static=True)
     fixed: Any = eqx.field(static=True)  # arguments whose values the program looks at while it is traced
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The program's arguments by name."""
+        """The program's arguments by name, as it is run with them."""
+        return {n: jnp.asarray(v) for n, v in self.data.items()} | (self.fixed.value if self.fixed is not None else {})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments as they were given, in their own precision."""
         return self.data | (self.fixed.value if self.fixed is not None else {})
 
     @property
@@ -116,6 +125,13 @@ class ConditionedModel(eqx.Module):
     def log_prior(self, vector: Float[Array, " dimension"]) -> Float[Array, ""]:
         """Log prior density of the unconstrained vector."""
         return self.log_terms(vector)[0]
+
+    def log_density(self, values: dict[str, Any]) -> Float[Array, ""]:
+        """Log joint density of values of all latent sites and the data, with respect to the sites' own measures."""
+        from numpyro import handlers
+
+        trace = self._run(handlers.substitute(self.model, data=values))
+        return sum(jnp.sum(_log_prob(s)) for s in trace.values() if s["type"] == "sample")
 
     def constrain(self, vector: Float[Array, " dimension"]) -> dict[str, Array]:
         """Values of the latent and deterministic sites."""
@@ -189,8 +205,7 @@ class ConditionedModel(eqx.Module):
 
         if self.subsampled:
             raise InputError(
-                f"the plates {list(self.subsampled)} take a new part of the data in each run: "
-                "use engine sgld or sghmc, or a plate without subsample_size"
+                f"the plates {list(self.subsampled)} take a new part of the data in each run: leave out subsample_size"
             )
         unconstrained = self.structure.unflatten(vector)
         return self._run(handlers.substitute(self.model, substitute_fn=lambda site: _constrained(unconstrained, site)))
@@ -348,7 +363,7 @@ def conditioned_model(model: Callable, data: dict[str, Any]) -> ConditionedModel
             "the model observes nothing: give data that reach an obs=, or a numpyro.factor; "
             "numpyro.infer.Predictive draws from a prior"
         )
-    arrays = {n: jnp.asarray(v) for n, v in data.items() if isinstance(v, np.ndarray | jax.Array) and _numeric(v)}
+    arrays = {n: v for n, v in data.items() if _is_array(v) and _numeric(v)}
     rest = {n: v for n, v in data.items() if n not in arrays}
     found = ConditionedModel(model, arrays, *seen, _Fixed(rest) if rest else None)
     try:
@@ -364,13 +379,17 @@ def conditioned_model(model: Callable, data: dict[str, Any]) -> ConditionedModel
     return found
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | jax.Array)
+
+
 def _numeric(value: Any) -> bool:
     return np.asarray(value).dtype.kind in "fiub"
 
 
 def _constants(conditioned: ConditionedModel) -> list[Any]:
     """The operations of the log density and the numbers in them, as far as a program brings its own."""
-    arrays, rest = eqx.partition(conditioned, eqx.is_array)
+    arrays, rest = eqx.partition(conditioned, _is_array)
 
     def log_terms(arrays: Any, vector: Any) -> Any:
         if conditioned.subsampled or conditioned.discrete:
@@ -433,6 +452,7 @@ class _Seen(NamedTuple):
     observed: tuple[str, ...]
     structure: Structure
     subsampled: tuple[str, ...]
+    deterministic: tuple[str, ...]
 
 
 def _look_through(model: Callable, data: dict[str, Any]) -> _Seen:
@@ -465,6 +485,7 @@ def _look_through(model: Callable, data: dict[str, Any]) -> _Seen:
             tuple(n for n, s in samples.items() if s["is_observed"]),
             Structure(tuple(shapes), tuple(shapes.values())),
             tuple(s["name"] for s in plates if s["args"][1] is not None and s["args"][1] < s["args"][0]),
+            tuple(n for n, s in trace.items() if s["type"] == "deterministic"),
         )
         return []
 
@@ -516,7 +537,29 @@ def _latent(site: dict[str, Any]) -> LatentSite:
         bool(distribution.is_discrete),
         _support_size(distribution),
         _family(distribution) not in ("ImproperUniform", "Unit"),
+        _support(distribution),
     )
+
+
+def _support(distribution: Any) -> str:
+    """The kind of support, as far as engines look at it."""
+    from numpyro.distributions import constraints
+
+    if distribution.is_discrete:
+        return "finite" if _support_size(distribution) is not None else ""
+    support = distribution.support
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    if support is constraints.real or support is constraints.real_vector:
+        return "real"
+    if support is constraints.positive or support is constraints.nonnegative:
+        return "positive"
+    if support is constraints.simplex:
+        return "simplex"
+    bounds = [getattr(support, b, None) for b in ("lower_bound", "upper_bound")]
+    # Bounds that are drawn themselves have no value here.
+    known = all(isinstance(b, int | float) or (_is_array(b) and not isinstance(b, jax.core.Tracer)) for b in bounds)
+    return "unit" if known and all(np.all(np.asarray(b) == v) for b, v in zip(bounds, (0, 1), strict=True)) else ""
 
 
 def _family(distribution: Any) -> str:
@@ -546,6 +589,24 @@ def _unconstrained_shape(site: dict[str, Any]) -> tuple[int, ...]:
             f"the support of {site['name']!r} ({site['fn'].support}) has no map to real numbers: "
             "reparameterize the site (numpyro.handlers.reparam)"
         ) from None
+
+
+def complete_draws(conditioned: ConditionedModel, draws: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Draws of all latent sites, each of shape (chains, draws, ...), together with the deterministic sites."""
+    if conditioned.deterministic:
+        draws = draws | _deterministic_sites(conditioned, {n: jnp.asarray(v) for n, v in draws.items()})
+    return {n: np.asarray(v) for n, v in draws.items()}
+
+
+@eqx.filter_jit
+def _deterministic_sites(conditioned: ConditionedModel, draws: dict[str, Array]) -> dict[str, Array]:
+    from numpyro import handlers
+
+    def one(values: dict[str, Array]) -> dict[str, Array]:
+        trace = conditioned._run(handlers.substitute(conditioned.model, data=values))
+        return {n: s["value"] for n, s in trace.items() if s["type"] == "deterministic"}
+
+    return jax.vmap(jax.vmap(one))(draws)
 
 
 def constrain_draws(conditioned: ConditionedModel, vectors: Iterable) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from bayeslens.core.conditioned_model import ConditionedModel, constrain_draws
+from bayeslens.core.conditioned_model import ConditionedModel, complete_draws, constrain_draws
 from bayeslens.core.posterior import Posterior, current_versions
 
 
@@ -20,11 +20,9 @@ class Engine(eqx.Module):
 
     Attributes:
         name: by which `infer(engine=...)` knows it.
-        takes_discrete: whether it takes discrete latents; those of finite support are summed out for the others.
     """
 
     name: ClassVar[str]
-    takes_discrete: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
@@ -48,20 +46,19 @@ def posterior_of(
     Args:
         engine: its fields become `settings`.
         conditioned: the model with its data.
-        draws: unconstrained vectors, which are mapped to the model's sites, deterministic ones among them; or draws
-            by site.
+        draws: unconstrained vectors, which are mapped to the model's sites; or draws of all latent sites. The
+            deterministic sites are added.
         key: of the run; its data are kept in the settings.
         found: other attributes of the `Posterior`: `log_weights`, `log_evidence`, `statistics`, `warnings`.
     """
-    if not isinstance(draws, dict):
-        draws = constrain_draws(conditioned, draws)
+    draws = complete_draws(conditioned, draws) if isinstance(draws, dict) else constrain_draws(conditioned, draws)
     return Posterior(
-        {n: np.asarray(v) for n, v in draws.items()},
+        draws,
         engine=engine.name,
         settings=settings_of(engine) | {"key": np.asarray(jax.random.key_data(key)).tolist()},
         versions=current_versions(),
         model=conditioned.model,
-        data=conditioned.arguments,
+        data=conditioned.given,
         **found,
     )
 

@@ -121,3 +121,77 @@ def write_csv(frame: pd.DataFrame, path: str | os.PathLike) -> None:
 
     numbered = isinstance(frame.index, pd.RangeIndex) and frame.index.name is None
     write_atomically(path, lambda name: frame.to_csv(name, index=not numbered))
+
+
+def load_function(source: str) -> Callable:
+    """The function of a `FILE.py:function`; running the file is what the user asked for.
+
+    Raises:
+        InputError: no such file or function, or a file that fails.
+    """
+    import types
+
+    path, _, name = source.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise InputError(f"{source!r} does not name a function in a file: write it as MODEL.py:function")
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}: check the path")
+    module = types.ModuleType(Path(path).stem)
+    module.__file__ = path
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), module.__dict__)  # leaves no __pycache__
+    except Exception as error:
+        raise InputError(f"{path} fails when it is run: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        functions = [
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
+        ]
+        raise InputError(f"{path} has no function {name!r}; it has {functions}")
+    return getattr(module, name)
+
+
+def read_arguments(path: str | os.PathLike) -> dict[str, Any]:
+    """A model's arguments by name from a JSON object: lists become arrays, null becomes None.
+
+    Raises:
+        InputError: no such file, no JSON, no object, or a ragged list.
+    """
+    import json
+
+    import numpy as np
+
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}: check the path")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, the model's arguments by name")
+    found = {}
+    for name, value in content.items():
+        try:
+            array = np.asarray(value) if isinstance(value, list) else None
+        except ValueError:
+            raise InputError(f"{name!r} in {path} is a ragged list: all its rows must have the same length") from None
+        if array is not None and array.dtype.kind == "O":
+            array = np.array(value, float)  # null stands for a missing number
+        found[name] = value if array is None else array
+    return found
+
+
+def write_posterior(posterior: Any, path: str | os.PathLike) -> None:
+    """Write a posterior as netCDF for ArviZ (`.nc`), or as a `.bayes` file.
+
+    Raises:
+        InputError: another ending, or the file cannot be written.
+    """
+    ending = Path(path).suffix
+    if ending == ".bayes":
+        from bayeslens.core.saving import save
+
+        save(posterior, path)
+    elif ending == ".nc":
+        write_atomically(path, lambda name: posterior.to_arviz().to_netcdf(name))
+    else:
+        raise InputError(f"{path} must end in .nc (netCDF for ArviZ) or .bayes")

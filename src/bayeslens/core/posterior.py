@@ -225,20 +225,42 @@ class Posterior(eqx.Module):
     def summary(self) -> pd.DataFrame:
         """Mean, standard deviation, 5%, 50% and 95% quantiles, bulk and tail effective sample sizes and R-hat.
 
-        One row per scalar, named as in `beta[0]`. Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner 2021.
+        One row per scalar, named as in `beta[0]`. Means and standard deviations are exact where an engine knows the
+        marginals. Of weighted particles the effective sample size is that of their weights, and there is no R-hat.
+        Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner 2021.
         """
-        import arviz as az
         import pandas as pd
 
-        data = self.to_arviz()
-        found = az.summary(data, kind="diagnostics", round_to="none")
-        values = np.asarray(self._equally_weighted().flat)
-        names = [n for site in self.names for n in _scalars(site, np.shape(self.draws[site])[2:])]
-        table = pd.DataFrame({"mean": values.mean(0), "sd": values.std(0, ddof=1)}, index=names)
-        table[["5%", "50%", "95%"]] = np.quantile(values, [0.05, 0.5, 0.95], axis=0).T
-        order = {str(i).replace(" ", ""): i for i in found.index}
-        for column in ("ess_bulk", "ess_tail", "r_hat"):
-            table[column] = [found.loc[order[n.replace(" ", "")], column] for n in names]
+        names = [n for site in self.names for n in _scalars(site, np.shape(self[site])[2:])]
+        values = np.concatenate([np.reshape(self.draws[n], (-1, max(1, _size(self[n])))) for n in self.names], 1)
+        values = values.astype(np.float64)
+        weights = np.full(len(values), 1 / len(values))
+        if self.log_weights is not None:
+            weights = np.exp(np.ravel(self.log_weights) - np.max(self.log_weights))
+            weights = weights / weights.sum()
+        mean = weights @ values
+        spread = np.sqrt(weights @ (values - mean) ** 2 / max(1 - (weights**2).sum(), 1e-12))
+        table = pd.DataFrame({"mean": mean, "sd": spread}, index=names)
+        if self.log_weights is None:
+            table[["5%", "50%", "95%"]] = np.quantile(values, [0.05, 0.5, 0.95], axis=0).T
+            import arviz as az
+
+            found = az.summary(self.to_arviz(), kind="diagnostics", round_to="none")
+            order = {str(i).replace(" ", ""): i for i in found.index}
+            for column in ("ess_bulk", "ess_tail", "r_hat"):
+                table[column] = [found.loc[order[n.replace(" ", "")], column] for n in names]
+        else:
+            table[["5%", "50%", "95%"]] = np.stack([_weighted_quantiles(v, weights) for v in values.T])
+            table["ess_bulk"] = table["ess_tail"] = 1 / (weights**2).sum()
+            table["r_hat"] = np.nan
+        for site, marginal in (self.marginals or {}).items():
+            rows = _scalars(site, np.shape(self[site])[2:])
+            try:
+                exact = [np.asarray(v, np.float64) for v in (marginal.mean, marginal.variance)]
+            except (NotImplementedError, AttributeError):
+                continue  # a categorical site has no mean
+            if exact[0].size == len(rows):
+                table.loc[rows, "mean"], table.loc[rows, "sd"] = exact[0].ravel(), np.sqrt(exact[1].ravel())
         return table
 
     def _equally_weighted(self) -> Posterior:
@@ -249,8 +271,44 @@ class Posterior(eqx.Module):
         # Statistics belong to the draws as they were.
         return dataclasses.replace(self, draws=self.sample(jax.random.key(0), shape), log_weights=None, statistics={})
 
-    def to_arviz(self) -> Any:
-        """An `arviz.InferenceData` with groups posterior and sample_stats; weighted particles are resampled first."""
+    def log_likelihood(self) -> dict[str, Float[np.ndarray, "chains draws ..."]]:
+        """Log likelihood of every observation under every draw, by observed site; factors are left out.
+
+        Raises:
+            InputError: the posterior does not know its model and data, or the model has factors alone.
+        """
+        if self.model is None or self.data is None:
+            raise InputError(
+                "this posterior does not know its model and data: make it with infer, or load(path, model)"
+            )
+        from numpyro import infer
+
+        draws = {n: jnp.asarray(self[n]) for n in self.names}
+        found = infer.log_likelihood(self.model, draws, batch_ndims=2, parallel=True, **self.data)
+        shapes = {n: np.shape(v) for n, v in found.items()}
+        found = {n: np.asarray(v) for n, v in found.items() if n in self._observations()}
+        if not found:
+            raise InputError(
+                f"the model has no observation with a likelihood of its own: its sites are {sorted(shapes)}"
+            )
+        return found
+
+    def _observations(self) -> dict[str, np.ndarray]:
+        """Observed values by site, factors left out."""
+        from numpyro import handlers
+
+        values = {n: jnp.asarray(self[n])[0, 0] for n in self.names}
+        program = handlers.seed(handlers.substitute(self.model, data=values), jax.random.key(0))
+        trace = handlers.trace(program).get_trace(**self.data)
+        samples = {n: s for n, s in trace.items() if s["type"] == "sample" and s["is_observed"]}
+        return {n: np.asarray(s["value"]) for n, s in samples.items() if type(s["fn"]).__name__ != "Unit"}
+
+    def to_arviz(self, log_likelihood: bool = False) -> Any:
+        """An `arviz.InferenceData` with groups posterior and sample_stats; weighted particles are resampled first.
+
+        Args:
+            log_likelihood: add the groups log_likelihood and observed_data, which need the model and its data.
+        """
         import arviz as az
 
         equal = self._equally_weighted()
@@ -259,10 +317,14 @@ class Posterior(eqx.Module):
 
             warnings.warn("weighted particles were resampled to equal weights", stacklevel=2)
         statistics = {n: np.asarray(v) for n, v in equal.statistics.items()}
+        more = {}
+        if log_likelihood:
+            more = {"log_likelihood": equal.log_likelihood(), "observed_data": equal._observations()}
         return az.from_dict(
             posterior={n: np.asarray(equal[n]) for n in self.names},
             sample_stats=statistics or None,
             posterior_attrs={"engine": self.engine, **{f"version_{k}": v for k, v in self.versions.items()}},
+            **more,
         )
 
     @classmethod
@@ -276,6 +338,11 @@ class Posterior(eqx.Module):
             raise InputError("the inference data has no group 'posterior'")
         draws = {str(n): np.asarray(v) for n, v in data.posterior.data_vars.items()}
         return cls(draws, engine=str(data.posterior.attrs.get("inference_library", "arviz")), model=model)
+
+
+def _weighted_quantiles(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    order = np.argsort(values)
+    return values[order][np.minimum(np.searchsorted(np.cumsum(weights[order]), [0.05, 0.5, 0.95]), len(values) - 1)]
 
 
 def _size(array: Any) -> int:

@@ -9,6 +9,7 @@ _PUBLIC = {
     "QuantileMap": "calibration",
     "Temperature": "calibration",
     "brier_loss": "scores",
+    "compare": "model_comparison",
     "conformal_threshold": "conformal",
     "coverage": "scores",
     "cqr_scores": "conformal",

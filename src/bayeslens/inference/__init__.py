@@ -6,11 +6,16 @@ import importlib
 
 _PUBLIC = {
     "ENGINES": "infer",
+    "Exact": "exact",
+    "Gibbs": "numpyro_kernel",
     "NUTS": "nuts",
+    "NumPyroKernel": "numpyro_kernel",
     "convergence": "diagnostics",
     "engine_named": "infer",
     "infer": "infer",
     "pareto_k": "diagnostics",
+    "plan": "planning",
+    "solve_exactly": "exact",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,27 @@ from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 
 # name -> module and class; loaded when asked for
-ENGINES = {"nuts": ("nuts", "NUTS")}
+ENGINES = {
+    "exact": ("exact", "Exact"),
+    "gibbs": ("numpyro_kernel", "Gibbs"),
+    "nuts": ("nuts", "NUTS"),
+}
+
+
+def settings_of_engine(name: str) -> tuple[str, ...]:
+    """Names of the settings of an engine.
+
+    >>> settings_of_engine("exact")
+    ('num_samples',)
+    """
+    return tuple(f.name for f in dataclasses.fields(_class_of(name)))
+
+
+def _class_of(name: str) -> type[Engine]:
+    if name not in ENGINES:
+        raise InputError(f"unknown engine {name!r}: use auto or one of {', '.join(sorted(ENGINES))}")
+    module, kind = ENGINES[name]
+    return getattr(importlib.import_module(f"bayeslens.inference.{module}"), kind)
 
 
 def engine_named(name: str, **settings: Any) -> Engine:
@@ -24,13 +46,11 @@ def engine_named(name: str, **settings: Any) -> Engine:
     >>> engine_named("nuts", num_chains=2).num_chains
     2
     """
-    if name not in ENGINES:
-        raise InputError(f"unknown engine {name!r}: use auto or one of {', '.join(sorted(ENGINES))}")
-    module, kind = ENGINES[name]
-    made = getattr(importlib.import_module(f"bayeslens.inference.{module}"), kind)
-    unknown = sorted(set(settings) - set(made.__dataclass_fields__))
+    made = _class_of(name)
+    known = settings_of_engine(name)
+    unknown = sorted(set(settings) - set(known))
     if unknown:
-        raise InputError(f"the engine {name} has no settings {unknown}; it has {sorted(made.__dataclass_fields__)}")
+        raise InputError(f"the engine {name} has no settings {unknown}; it has {sorted(known)}")
     return made(**settings)
 
 
@@ -63,8 +83,33 @@ def infer(
     >>> bool(abs(posterior["mu"].mean() - 0.5) < 0.3)
     True
     """
+    conditioned, plan = conditioned_model(model, data), None
+    if isinstance(engine, str) and engine == "auto":
+        from bayeslens.inference.planning import plan_for
+
+        plan = plan_for(conditioned, settings)
+        if sys.stderr.isatty():
+            print(plan, file=sys.stderr)
+        engine = plan.engine
     if isinstance(engine, str):
-        engine = engine_named("nuts" if engine == "auto" else engine, **settings)
+        engine = engine_named(engine, **settings)
     elif settings:
         raise InputError(f"give the settings {sorted(settings)} to the engine itself: {type(engine).__name__}(...)")
-    return engine(conditioned_model(model, data), key=key)
+    return dataclasses.replace(_as_engine(engine)(conditioned, key=key), plan=plan)
+
+
+def _as_engine(engine: Any) -> Engine:
+    """An engine, or NumPyro's kernel or guide as one."""
+    from numpyro.infer.mcmc import MCMCKernel
+
+    kind = engine if isinstance(engine, type) else type(engine)
+    if issubclass(kind, Engine):
+        return engine() if isinstance(engine, type) else engine
+    if issubclass(kind, MCMCKernel):
+        from bayeslens.inference.numpyro_kernel import NumPyroKernel
+
+        return NumPyroKernel(engine)
+    raise InputError(
+        f"{kind.__name__} is no engine: give one of {', '.join(sorted(ENGINES))}, an engine of bayeslens.inference, "
+        "or a NumPyro kernel"
+    )
