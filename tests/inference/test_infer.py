@@ -174,7 +174,8 @@ def test_command_line(files):
     assert answer["engine"] == "exact" and answer["plan"][0]["name"] == "mu" and answer["warnings"] == []
     assert abs(answer["summary"]["mu"]["mean"] - Y.sum() / (0.25 + len(Y))) < 1e-6
     assert az.from_netcdf(folder / "draws.nc").posterior["mu"].shape == (1, 4000)
-    shown = command(program, data, "--out", folder / "draws.bayes").stdout
+    shown = command(program, data, "--out", folder / "draws.bayes", "--report", folder / "report.html").stdout
+    assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     assert "solved exactly" in shown and "log evidence" in shown
 
 

@@ -1,4 +1,4 @@
-"""Pictures of results, and the report of a prediction as one HTML file."""
+"""Pictures of results, and the report of a prediction or a posterior as one HTML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a prediction as one HTML file that needs nothing else: no network, no script."""
+"""Reports of predictions and of posteriors as one HTML file that needs nothing else: no network, no script."""
 
 from __future__ import annotations
 
@@ -17,38 +17,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayeslens.core.errors import InputError
+from bayeslens.core.posterior import Posterior
 from bayeslens.report import tables
 from bayeslens.report.pictures import ACCENT, ALERT, INK, MUTED, RULE, Panel, by_importance, lay_out, panels, shorten
+from bayeslens.report.posterior_pictures import SERIES
 
 if TYPE_CHECKING:
     from bayeslens.learners.result import Prediction
 
-_COLORS = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent", ALERT: "--alert"}
+_COLORS = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent", ALERT: "--alert"} | dict(
+    zip(SERIES[1:], ("--second", "--third", "--fourth"), strict=True)
+)
 _MAX_BARS = 8
 _NEGLIGIBLE = 0.015  # a difference in coverage that nobody would act on, however well it is measured
 _MAX_WARNINGS = 30
 
 
-def write_report(prediction: Prediction, path: str | os.PathLike[str]) -> Path:
-    """Write the report of a prediction as one HTML file.
+def write_report(result: Prediction | Posterior, path: str | os.PathLike[str]) -> Path:
+    """Write the report of a prediction or a posterior as one HTML file.
 
     The file holds its own style and pictures, so that it can be mailed; nothing is fetched when it is opened.
 
     Args:
-        prediction: what `predict` returned. What it lacks (held-out rows, partial dependence) is left out.
+        result: what `predict` or `infer` returned. What it lacks (held-out rows, a plan, evidence) is left out.
         path: the file to write; one that exists is replaced, all at once.
 
     Returns:
         The path of the file.
 
     Raises:
-        InputError: the file cannot be written; then nothing is left behind, and an older report stays as it was.
+        InputError: neither a prediction nor a posterior; or the file cannot be written: then nothing is left behind,
+            and an older report stays as it was.
 
-    >>> write_report(prediction, "report.html")  # doctest: +SKIP
+    >>> write_report(posterior, "report.html")  # doctest: +SKIP
     PosixPath('report.html')
     """
     path = Path(path)
-    text = render(prediction).encode("utf-8", "replace")
+    text = render(result).encode("utf-8", "replace")
     part = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.part")
     try:
         part.write_bytes(text)
@@ -70,26 +75,45 @@ def _remove(part: Path) -> None:
         return
 
 
-def render(prediction: Prediction) -> str:
+def render(result: Prediction | Posterior) -> str:
     """The report as the text of an HTML page; every name and label in it is escaped."""
+    if isinstance(result, Posterior):
+        from bayeslens.report.posterior import render_posterior
+
+        return render_posterior(result)
+    if not hasattr(result, "leaderboard"):
+        raise InputError(f"there are reports of predictions and of posteriors, got {type(result).__name__}")
+    return fill("template.html", _context(result))
+
+
+def fill(template: str, context: dict[str, Any]) -> str:
+    """A template of this package as text; whatever stands in the context is escaped unless it is markup."""
     import jinja2
 
+    def source(name: str) -> str:
+        return importlib.resources.files("bayeslens.report").joinpath(name).read_text("utf-8")
+
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": tables.number, "short": shorten, "percent": percent, "seconds": seconds}
-    source = importlib.resources.files("bayeslens.report").joinpath("template.html").read_text("utf-8")
-    return environment.from_string(source).render(_context(prediction))
+    return environment.get_template(template).render(context)
+
+
+def drawings(drawn: list[Panel], name: str) -> list[dict[str, Any]]:
+    """Panels for the page: title and inline SVG. No other list of panels of the page has the same name."""
+    from markupsafe import Markup
+
+    return [{"title": panel.title, "svg": Markup(_svg(panel, f"{name}{i}"))} for i, panel in enumerate(drawn)]
 
 
 def _context(prediction: Prediction) -> dict[str, Any]:
-    from markupsafe import Markup
-
     def pictures(kind: str) -> list[dict[str, Any]]:
-        return [
-            {"title": panel.title, "svg": Markup(_svg(panel, f"{kind}{i}"))}
-            for i, panel in enumerate(panels(prediction, kind))
-        ]
+        return drawings(panels(prediction, kind), kind)
 
     ranked, skipped = tables.split_leaderboard(prediction.leaderboard)
     loss, size = ("crps", "width") if prediction.task == "regression" else ("brier", "set_size")

@@ -1,7 +1,7 @@
 """Pictures of a prediction: calibration, coverage, predictions against what was observed, partial dependence.
 
-A picture is a list of panels, each of which fills one set of axes. `plot` puts them on one figure; the HTML report
-renders each by itself, so that they flow with the width of the page.
+Those of a posterior are in `posterior_pictures`. A picture is a list of panels, each of which fills one set of axes.
+`plot` puts them on one figure; the HTML report renders each by itself, so that they flow with the width of the page.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from bayeslens.core.posterior import Posterior
     from bayeslens.learners.result import Audit, Dependence, Prediction
 
 INK, MUTED, RULE, ACCENT, ALERT = "#1c2733", "#65707e", "#d8dde4", "#1f6e8c", "#c4532b"
@@ -45,26 +46,39 @@ class Panel:
     size: tuple[float, float] = (5.0, 3.5)
 
 
-def plot(result: Prediction, kind: str = "calibration") -> Figure:
-    """Draw one kind of picture of a prediction.
+def plot(result: Prediction | Posterior, kind: str | None = None) -> Figure:
+    """Draw one kind of picture of a prediction or a posterior.
 
     Args:
-        result: what `predict` returned.
-        kind: `"calibration"` (do probabilities come true: PIT histogram, or reliability curve for classes),
+        result: what `predict` or `infer` returned.
+        kind: of a prediction:
+            `"calibration"` (the default; do probabilities come true: PIT histogram, or reliability curve for classes),
             `"coverage"` (how often intervals or sets hold the truth, against what they promise),
             `"predictions"` (held-out predictions against what was observed), or
             `"dependence"` (how the prediction moves along each column).
+            Of a posterior:
+            `"marginals"` (the default; what is believed about each number, with its 90% interval),
+            `"trace"` and `"rank"` (did the chains mix, for the numbers for which they did worst),
+            `"pairs"` (the numbers most closely tied, with divergent transitions), or
+            `"energy"` (how well Hamiltonian chains move between energies).
 
     Returns:
         A matplotlib figure that belongs to no window: `figure.savefig("calibration.png")`; notebooks show it.
 
     Raises:
-        InputError: an unknown kind, or the prediction lacks what the picture needs.
+        InputError: an unknown kind, or the result lacks what the picture needs.
 
     >>> plot(None, kind="pie")
     Traceback (most recent call last):
     bayeslens.core.errors.InputError: unknown kind 'pie': use one of calibration, coverage, predictions, dependence
     """
+    from bayeslens.core.posterior import Posterior
+
+    if isinstance(result, Posterior):
+        from bayeslens.report import posterior_pictures
+
+        return posterior_pictures.plot_posterior(result, kind or "marginals")
+    kind = kind or "calibration"
     drawn = panels(result, kind)
     if not drawn:
         raise InputError(f"this prediction has no picture of kind {kind!r}: {_REASONS[kind]}")
