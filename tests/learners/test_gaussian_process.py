@@ -267,9 +267,10 @@ def test_each_draw_of_nuts_is_a_member():
     assert members.batch_shape == (60, 6) and weights.sum() == pytest.approx(1)
     mean, variance = mean_and_variance(predictive(new))
     np.testing.assert_allclose(weights @ members.loc, mean, atol=1e-6)
+    np.testing.assert_allclose(weights @ (members.scale**2 + members.loc**2) - mean**2, variance, rtol=1e-5)
+    # How much wider than the mode's answer is the posterior's affair (15 rows say little); where it lies is not.
     mode_mean, mode_variance = mean_and_variance(GaussianProcess(hyperparameters="map").fit(x, y)(new))
     assert (np.abs(mean - mode_mean) < np.sqrt(mode_variance)).all()
-    np.testing.assert_allclose(variance, mode_variance, rtol=1.0)
 
 
 def test_averaging_over_hyperparameters_helps_small_tables():

@@ -137,7 +137,7 @@ def draw_by_nuts(
     standard Normal. Values beyond the prior's bounds count as the bounds. Draws are evenly spaced in two chains of
     200, or of more when more are asked for. Warns when the chains disagree.
 
-    Source: Hoffman and Gelman 2014, The No-U-Turn Sampler; through `bayeslens.inference.nuts.infer`.
+    Source: Hoffman and Gelman 2014, The No-U-Turn Sampler; through `bayeslens.inference.NUTS`.
 
     >>> row = Observations(np.zeros(1, int), np.zeros((1, 1)), np.zeros(1), np.ones(1))
     >>> best = optimize_hyperparameters(row)
@@ -148,7 +148,7 @@ def draw_by_nuts(
     import numpyro.distributions as dist
     from numpyro.diagnostics import split_gelman_rubin
 
-    from bayeslens.inference.nuts import infer
+    from bayeslens.inference.infer import infer
 
     means, deviations, bounds = hyperprior(observations.num_lengths)
     root = laplace_root(best, lambda p: log_evidence(p, observations))
@@ -167,7 +167,8 @@ def draw_by_nuts(
 
     num_samples = max(_SAMPLES, -(-num_draws // _CHAINS))
     with jax.enable_x64(True):
-        posterior = infer(model, {}, key=key, num_chains=_CHAINS, num_warmup=_WARMUP, num_samples=num_samples)
+        settings = {"num_chains": _CHAINS, "num_warmup": _WARMUP, "num_samples": num_samples}
+        posterior = infer(model, {}, key=key, engine="nuts", **settings)
     r_hat = float(np.max(split_gelman_rubin(posterior["z"])))
     if r_hat > _R_HAT:
         cure = f"a num_draws above {_CHAINS * _SAMPLES} makes them longer, hyperparameters='auto' does without"
