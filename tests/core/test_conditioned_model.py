@@ -201,7 +201,7 @@ def test_subsamples_are_refused():
             numpyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
 
     found = conditioned_model(model, {"y": Y})
-    with pytest.raises(InputError, match=r"'rows'.*subsample_size"):
+    with pytest.raises(InputError, match=r"'rows'.*sgld"):
         found.log_prob(jnp.zeros(1))
 
 

@@ -33,6 +33,7 @@ _PUBLIC = {
     "Table": "table",
     "Target": "table",
     "as_predictive": "foreign",
+    "black_box": "black_box",
     "certify": "conjugate",
     "collapse": "representations",
     "conjugate_pair": "conjugate",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,39 +12,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.core.errors import InputError
+from bayeslens.core.program_sites import (
+    NEEDS_CONCRETE_VALUES,
+    LatentSite,
+    check_data,
+    family_of,
+    feasible,
+    is_array,
+    is_numeric,
+    look_through,
+)
 from bayeslens.core.structure import Structure
 
 _TRIES = 100  # starting points looked at before giving up
-
-_NEEDS_CONCRETE_DATA = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.TracerBoolConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-
-
-class LatentSite(NamedTuple):
-    """A latent site of a model, as its trace shows it.
-
-    Attributes:
-        name: of the site.
-        shape: of its value.
-        family: name of its distribution's class, such as `"Normal"`.
-        discrete: whether its values are.
-        support_size: how many values an entry can take, None where they are infinitely many.
-        proper: whether its prior can be drawn from.
-        support: of an entry: "real", "positive", "unit" (interval), "simplex", "finite", or "" for others.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    family: str
-    discrete: bool
-    support_size: int | None
-    proper: bool
-    support: str
 
 
 class ConditionedModel(eqx.Module):
@@ -99,9 +78,29 @@ class ConditionedModel(eqx.Module):
         """Its discrete latent sites."""
         return tuple(s for s in self.latents if s.discrete)
 
-    def log_terms(self, vector: Float[Array, " dimension"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Log prior density of the unconstrained vector, and log likelihood of the data, factors included."""
-        return self.log_terms_of(self.trace(vector))
+    @property
+    def plain_python(self) -> bool:
+        """Whether the program calls plain Python (`black_box`), which has no gradient."""
+        return any(isinstance(o, str) and o == "pure_callback" for o in _constants(self))
+
+    def log_terms(
+        self, vector: Float[Array, " dimension"], rows: dict[str, Any] | None = None
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Log prior density of the unconstrained vector, and log likelihood of the data, factors included.
+
+        Args:
+            vector: unconstrained.
+            rows: of each subsampled plate, indices of the part of the data that it takes.
+
+        Raises:
+            InputError: there are such plates, and no rows.
+        """
+        if self.subsampled and rows is None:
+            raise InputError(
+                f"the plates {list(self.subsampled)} take a new part of the data in each run: "
+                "use engine sgld or sghmc, or a plate without subsample_size"
+            )
+        return self.log_terms_of(self.trace(vector, rows))
 
     @staticmethod
     def log_terms_of(trace: dict[str, dict[str, Any]]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -110,12 +109,12 @@ class ConditionedModel(eqx.Module):
         for name, site in trace.items():
             if site["type"] == "sample":
                 is_prior = not site["is_observed"] or name.startswith(_JACOBIAN)
-                (prior if is_prior else likelihood).append(jnp.sum(_log_prob(site)))
+                (prior if is_prior else likelihood).append(jnp.sum(site_log_prob(site)))
         return sum(prior), sum(likelihood)
 
-    def log_prob(self, vector: Float[Array, " dimension"]) -> Float[Array, ""]:
-        """Log joint density of the unconstrained vector and the data."""
-        prior, likelihood = self.log_terms(vector)
+    def log_prob(self, vector: Float[Array, " dimension"], rows: dict[str, Any] | None = None) -> Float[Array, ""]:
+        """Log joint density of the unconstrained vector and the data; `rows` as for `log_terms`."""
+        prior, likelihood = self.log_terms(vector, rows)
         return prior + likelihood
 
     def log_likelihood(self, vector: Float[Array, " dimension"]) -> Float[Array, ""]:
@@ -131,7 +130,7 @@ class ConditionedModel(eqx.Module):
         from numpyro import handlers
 
         trace = self._run(handlers.substitute(self.model, data=values))
-        return sum(jnp.sum(_log_prob(s)) for s in trace.values() if s["type"] == "sample")
+        return sum(jnp.sum(site_log_prob(s)) for s in trace.values() if s["type"] == "sample")
 
     def constrain(self, vector: Float[Array, " dimension"]) -> dict[str, Array]:
         """Values of the latent and deterministic sites."""
@@ -196,19 +195,16 @@ class ConditionedModel(eqx.Module):
         if names:
             raise InputError(f"the sites {names} are discrete, which {user} cannot take: sum them out of the model")
 
-    def trace(self, vector: Float[Array, " dimension"]) -> dict[str, dict[str, Any]]:
-        """NumPyro's trace of the program at an unconstrained vector.
+    def trace(self, vector: Float[Array, " dimension"], rows: dict[str, Any] | None = None) -> dict[str, Any]:
+        """NumPyro's trace of the program at an unconstrained vector; `rows` as for `log_terms`.
 
         Terms that belong to the change of variables are extra observed sites.
         """
         from numpyro import handlers
 
-        if self.subsampled:
-            raise InputError(
-                f"the plates {list(self.subsampled)} take a new part of the data in each run: leave out subsample_size"
-            )
         unconstrained = self.structure.unflatten(vector)
-        return self._run(handlers.substitute(self.model, substitute_fn=lambda site: _constrained(unconstrained, site)))
+        program = handlers.substitute(self.model, substitute_fn=lambda site: _constrained(unconstrained, site))
+        return self._run(handlers.substitute(program, data=rows) if rows else program)
 
     def start(self, key: Any, count: int) -> Float[Array, "count dimension"]:
         """Starting points of finite density and gradient, uniform in [-2, 2] in each unconstrained dimension.
@@ -245,7 +241,7 @@ class ConditionedModel(eqx.Module):
                 value = np.broadcast_to(np.asarray(site["value"]), entries.shape + site["fn"].event_shape)[~entries]
                 raise InputError(
                     f"the observation of {name!r} has {int((~entries).sum())} values outside the support of "
-                    f"{_family(site['fn'])}, such as {value[0]}: correct the data or choose another likelihood"
+                    f"{family_of(site['fn'])}, such as {value[0]}: correct the data or choose another likelihood"
                 )
 
     def _explain(self, vector: Any) -> str:
@@ -295,7 +291,8 @@ def _constrained(unconstrained: dict[str, Any], site: dict[str, Any]) -> Any:
     return value
 
 
-def _log_prob(site: dict[str, Any]) -> Array:
+def site_log_prob(site: dict[str, Any]) -> Array:
+    """Log density of a site of a trace, scaled as its plates say."""
     value = site["fn"].log_prob(site["value"])
     return value if site["scale"] is None else site["scale"] * value
 
@@ -317,14 +314,14 @@ def _candidates(conditioned: ConditionedModel, key: Any, count: int) -> tuple[Ar
 def _site_sums(conditioned: ConditionedModel, vector: Any) -> dict[str, Array]:
     trace = conditioned.trace(vector)
     samples = {n: s for n, s in trace.items() if s["type"] == "sample" and not n.startswith(_JACOBIAN)}
-    return {n: jnp.sum(_log_prob(s)) for n, s in samples.items()}
+    return {n: jnp.sum(site_log_prob(s)) for n, s in samples.items()}
 
 
 def _inside(trace: dict[str, dict[str, Any]]) -> dict[str, Array]:
     """For observed sites, which values lie inside the support."""
     found = {}
     for name, site in trace.items():
-        if site["type"] == "sample" and site["is_observed"] and _family(site["fn"]) != "Unit":
+        if site["type"] == "sample" and site["is_observed"] and family_of(site["fn"]) != "Unit":
             try:
                 found[name] = jnp.asarray(site["fn"].support(site["value"]))
             except (NotImplementedError, TypeError):
@@ -354,8 +351,8 @@ def conditioned_model(model: Callable, data: dict[str, Any]) -> ConditionedModel
     >>> {k: round(float(v), 3) for k, v in conditioned.constrain(jnp.zeros(1)).items()}
     {'scale': 1.0}
     """
-    _check_data(model, data)
-    seen = _look_through(model, data)
+    check_data(model, data)
+    seen = look_through(model, data)
     if not seen.latents:
         raise InputError("the model has no latent site: sample something without obs=")
     if not seen.observed:
@@ -363,12 +360,12 @@ def conditioned_model(model: Callable, data: dict[str, Any]) -> ConditionedModel
             "the model observes nothing: give data that reach an obs=, or a numpyro.factor; "
             "numpyro.infer.Predictive draws from a prior"
         )
-    arrays = {n: v for n, v in data.items() if _is_array(v) and _numeric(v)}
+    arrays = {n: v for n, v in data.items() if is_array(v) and is_numeric(v)}
     rest = {n: v for n, v in data.items() if n not in arrays}
     found = ConditionedModel(model, arrays, *seen, _Fixed(rest) if rest else None)
     try:
         first = _constants(found)
-    except _NEEDS_CONCRETE_DATA:
+    except NEEDS_CONCRETE_VALUES:
         found = ConditionedModel(model, {}, *seen, _Fixed(dict(data)))
         first = _constants(found)
     if not _same(first, _constants(found)):
@@ -379,25 +376,17 @@ def conditioned_model(model: Callable, data: dict[str, Any]) -> ConditionedModel
     return found
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray | jax.Array)
-
-
-def _numeric(value: Any) -> bool:
-    return np.asarray(value).dtype.kind in "fiub"
-
-
 def _constants(conditioned: ConditionedModel) -> list[Any]:
     """The operations of the log density and the numbers in them, as far as a program brings its own."""
-    arrays, rest = eqx.partition(conditioned, _is_array)
+    arrays, rest = eqx.partition(conditioned, is_array)
 
     def log_terms(arrays: Any, vector: Any) -> Any:
         if conditioned.subsampled or conditioned.discrete:
             from numpyro import handlers
 
-            program = handlers.seed(handlers.substitute(conditioned.model, substitute_fn=_feasible), jax.random.key(0))
+            program = handlers.seed(handlers.substitute(conditioned.model, substitute_fn=feasible), jax.random.key(0))
             trace = handlers.trace(program).get_trace(**eqx.combine(arrays, rest).arguments)
-            return [_log_prob(s) for s in trace.values() if s["type"] == "sample"]
+            return [site_log_prob(s) for s in trace.values() if s["type"] == "sample"]
         return eqx.combine(arrays, rest).log_terms(vector)
 
     closed = jax.make_jaxpr(log_terms)(arrays, jnp.zeros(conditioned.dimension))
@@ -426,169 +415,6 @@ def _same(first: list[Any], second: list[Any]) -> bool:
 def _plain(value: Any) -> np.ndarray:
     key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(value) if key else value)
-
-
-def _check_data(model: Callable, data: dict[str, Any]) -> None:
-    if not isinstance(data, dict):
-        raise InputError(f"data is a dict of the model's arguments by name, got {type(data).__name__}")
-    parameters = inspect.signature(model).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        known = [p.name for p in parameters]
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise InputError(f"the model has no arguments {unknown}; it has {known}")
-    lacking = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    lacking = [name for name in lacking if name not in data]
-    if lacking:
-        raise InputError(f"the model needs the arguments {lacking}: give them in data")
-    for name, value in data.items():
-        array = np.asarray(value) if not callable(value) else np.zeros(())
-        if array.dtype.kind == "f" and np.isnan(array).any():
-            raise InputError(f"data {name!r} holds {int(np.isnan(array).sum())} NaN: drop or model missing values")
-
-
-class _Seen(NamedTuple):
-    latents: tuple[LatentSite, ...]
-    observed: tuple[str, ...]
-    structure: Structure
-    subsampled: tuple[str, ...]
-    deterministic: tuple[str, ...]
-
-
-def _look_through(model: Callable, data: dict[str, Any]) -> _Seen:
-    """The sites of a program, from an abstract run; a failure names the site."""
-    from numpyro import handlers
-    from numpyro.primitives import Messenger
-
-    class Watch(Messenger):
-        last, seen = "the first site", None
-
-        def process_message(self, message: dict[str, Any]) -> None:
-            if message["type"] == "sample":
-                self.last = repr(message["name"])
-
-    watch = Watch()
-
-    def run(key: Any, data: dict[str, Any]) -> list[Any]:
-        feasible = handlers.substitute(substitute_fn=_feasible)
-        with watch, handlers.trace() as trace, handlers.seed(rng_seed=key), feasible:
-            model(**data)
-        samples = {n: s for n, s in trace.items() if s["type"] == "sample"}
-        for name, site in samples.items():
-            watch.last = repr(name)
-            _check_shapes(site)
-        latents = tuple(_latent(s) for s in samples.values() if not s["is_observed"])
-        shapes = {s.name: _unconstrained_shape(samples[s.name]) for s in latents if not s.discrete}
-        plates = [s for s in trace.values() if s["type"] == "plate"]
-        watch.seen = _Seen(
-            latents,
-            tuple(n for n, s in samples.items() if s["is_observed"]),
-            Structure(tuple(shapes), tuple(shapes.values())),
-            tuple(s["name"] for s in plates if s["args"][1] is not None and s["args"][1] < s["args"][0]),
-            tuple(n for n, s in trace.items() if s["type"] == "deterministic"),
-        )
-        return []
-
-    try:
-        try:
-            jax.eval_shape(lambda key: run(key, data), jax.random.key(0))
-        except jax.errors.TracerArrayConversionError:  # NumPy arrays cannot be indexed by a draw
-            converted = {n: jnp.asarray(v) if isinstance(v, np.ndarray) and _numeric(v) else v for n, v in data.items()}
-            jax.eval_shape(lambda key: run(key, converted), jax.random.key(0))
-    except InputError:
-        raise
-    except _NEEDS_CONCRETE_DATA as error:
-        raise InputError(
-            f"the model looks at the value of a latent, at or after {watch.last}: a program for every value is needed; "
-            f"use jnp.where or numpyro.contrib.control_flow.cond instead of `if` ({type(error).__name__})"
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"the model failed on these data, at or after {watch.last}: {type(error).__name__}: {error}"
-        ) from error
-    return watch.seen
-
-
-def _feasible(site: dict[str, Any]) -> Any:
-    """Some value of a site that cannot be drawn."""
-    if site["type"] != "sample" or _family(site["fn"]) != "ImproperUniform":
-        return None
-    from numpyro.distributions import biject_to
-
-    transform = biject_to(site["fn"].support)
-    return transform(jnp.zeros(transform.inverse_shape(site["fn"].shape())))
-
-
-def _check_shapes(site: dict[str, Any]) -> None:
-    """An observation that a distribution would silently repeat, or be repeated for, is a mistake."""
-    if not site["is_observed"] or _family(site["fn"]) == "Unit":
-        return
-    value, expected = jnp.shape(site["value"]), tuple(site["fn"].shape())
-    if value != expected and value != () and np.broadcast_shapes(value, expected) not in (value, expected):
-        raise ValueError(f"the observation has shape {value}, its distribution {expected}")
-
-
-def _latent(site: dict[str, Any]) -> LatentSite:
-    distribution = site["fn"]
-    return LatentSite(
-        site["name"],
-        tuple(jnp.shape(site["value"])),
-        _family(distribution),
-        bool(distribution.is_discrete),
-        _support_size(distribution),
-        _family(distribution) not in ("ImproperUniform", "Unit"),
-        _support(distribution),
-    )
-
-
-def _support(distribution: Any) -> str:
-    """The kind of support, as far as engines look at it."""
-    from numpyro.distributions import constraints
-
-    if distribution.is_discrete:
-        return "finite" if _support_size(distribution) is not None else ""
-    support = distribution.support
-    while isinstance(support, type(constraints.independent(constraints.real, 1))):
-        support = support.base_constraint
-    if support is constraints.real or support is constraints.real_vector:
-        return "real"
-    if support is constraints.positive or support is constraints.nonnegative:
-        return "positive"
-    if support is constraints.simplex:
-        return "simplex"
-    bounds = [getattr(support, b, None) for b in ("lower_bound", "upper_bound")]
-    # Bounds that are drawn themselves have no value here.
-    known = all(isinstance(b, int | float) or (_is_array(b) and not isinstance(b, jax.core.Tracer)) for b in bounds)
-    return "unit" if known and all(np.all(np.asarray(b) == v) for b, v in zip(bounds, (0, 1), strict=True)) else ""
-
-
-def _family(distribution: Any) -> str:
-    """The class of a distribution, without what only changes its shape."""
-    base = distribution
-    while type(base).__name__ in ("ExpandedDistribution", "Independent", "MaskedDistribution"):
-        base = base.base_dist
-    return type(base).__name__.removesuffix("Probs").removesuffix("Logits")
-
-
-def _support_size(distribution: Any) -> int | None:
-    if not (distribution.is_discrete and getattr(distribution, "has_enumerate_support", False)):
-        return None
-    try:
-        return int(distribution.enumerate_support(expand=False).shape[0])
-    except NotImplementedError:
-        return None
-
-
-def _unconstrained_shape(site: dict[str, Any]) -> tuple[int, ...]:
-    from numpyro.distributions import biject_to
-
-    try:
-        return tuple(biject_to(site["fn"].support).inverse_shape(jnp.shape(site["value"])))
-    except NotImplementedError:
-        raise InputError(
-            f"the support of {site['name']!r} ({site['fn'].support}) has no map to real numbers: "
-            "reparameterize the site (numpyro.handlers.reparam)"
-        ) from None
 
 
 def complete_draws(conditioned: ConditionedModel, draws: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -20,9 +20,11 @@ class Engine(eqx.Module):
 
     Attributes:
         name: by which `infer(engine=...)` knows it.
+        takes_discrete: whether it takes discrete latents; those of finite support are summed out for the others.
     """
 
     name: ClassVar[str]
+    takes_discrete: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:

@@ -11,7 +11,7 @@ class PlannedSite(eqx.Module):
     Attributes:
         name: of the site.
         shape: of its value.
-        treatment: `"solved exactly"` or `"sampled"`.
+        treatment: `"solved exactly"`, `"enumerated"`, `"marginalized"` or `"sampled"`.
         by: the engine that does it.
         why: in a few words.
     """
