@@ -178,15 +178,17 @@ def show(noun: Any) -> str:
     return describe(noun)
 
 
-def infer(model: Callable, data: dict[str, Any], *, key: Any, engine: Any = "auto", **settings: Any) -> Any:
-    """The posterior of a NumPyro model given data; see `inference.infer`."""
+def infer(
+    model: Callable, data: dict[str, Any] | None = None, *, key: Any, engine: Any = "auto", **settings: Any
+) -> Any:
+    """The posterior of a NumPyro or PyMC model given data; see `inference.infer`."""
     from bayeslens.inference.infer import infer as run
 
     return run(model, data, key=key, engine=engine, **settings)
 
 
-def plan(model: Callable, data: dict[str, Any]) -> Any:
-    """What `infer` will do with each site of a NumPyro model, and why; see `inference.planning.plan`."""
+def plan(model: Callable, data: dict[str, Any] | None = None) -> Any:
+    """What `infer` will do with each site of a model, and why; see `inference.planning.plan`."""
     from bayeslens.inference.planning import plan as make
 
     return make(model, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -48,6 +49,17 @@ def unknown_scale(y):
     numpyro.sample("y", dist.Normal(mu, scale), obs=y)
 
 
+def two_groups(y):
+    share = numpyro.sample("share", dist.Beta(1.0, 1.0))
+    kind = numpyro.sample("kind", dist.Bernoulli(share))
+    numpyro.sample("y", dist.Normal(2.0 * kind, 1.0), obs=y)
+
+
+def urn(y):
+    kind = numpyro.sample("kind", dist.Categorical(jnp.ones(3) / 3))
+    numpyro.sample("y", dist.Normal(kind, 1.0), obs=y)
+
+
 def unbounded(y):
     k = numpyro.sample("k", dist.Poisson(3.0))
     numpyro.sample("y", dist.Normal(k, 1.0), obs=y)
@@ -70,6 +82,8 @@ def test_auto_solves_what_it_can(exact):
     [
         (normal, "exact", ["solved exactly"]),
         (unknown_scale, "nuts", ["sampled", "sampled"]),
+        (two_groups, "nuts", ["sampled", "marginalized"]),
+        (urn, "enumeration", ["enumerated"]),
     ],
 )
 def test_plans(model, engine, treatments):
@@ -99,6 +113,17 @@ def test_a_kernel_of_numpyro():
     # At least 100 effective draws: five standard errors.
     assert abs(np.asarray(found["mu"]).mean() - mean) < 5 * sd / np.sqrt(100)
     assert found.engine == "numpyro_kernel" and found.settings["kernel"] == "SA"
+
+
+def test_finite_sites_beside_continuous_ones_are_summed_out():
+    found = bayeslens.infer(two_groups, {"y": 1.5}, key=KEY)
+    assert found.plan.sites[1].treatment == "marginalized" and found["kind"].shape == found["share"].shape
+    # The share is uniform, so that either kind is as likely before; Bayes' rule, five standard errors of 1,000 draws.
+    odds = np.exp(dist.Normal(2.0, 1.0).log_prob(1.5) - dist.Normal(0.0, 1.0).log_prob(1.5))
+    exact = odds / (1 + odds)
+    assert abs(found["kind"].mean() - exact) < 5 * np.sqrt(exact * (1 - exact) / 1000)
+    # Given the kind, the share is Beta(2, 1) or Beta(1, 2).
+    assert abs(found["share"][found["kind"] == 1].mean() - 2 / 3) < 0.05
 
 
 def test_files_keep_all_of_it(exact, tmp_path):
@@ -142,8 +167,9 @@ def test_comparisons_that_make_no_sense(exact):
         (normal, {"engine": "exact", "num_chains": 2}, r"no settings \['num_chains'\]"),
         (normal, {"engine": Exact(), "num_samples": 2}, "to the engine itself"),
         (normal, {"engine": 3}, "int is no engine"),
-        (unbounded, {}, r"\['k'\] are discrete"),
-        (unbounded, {"engine": "gibbs"}, r"\['k'\] have infinitely many values"),
+        (unbounded, {}, r"\['k'\] have infinitely many values"),
+        (unbounded, {"engine": "nuts"}, r"\['k'\] are discrete with infinitely many"),
+        (urn, {"engine": "nuts"}, "use engine enumeration"),
         (unknown_scale, {"engine": "exact"}, "no exact posterior"),
         (unknown_scale, {"engine": "gibbs"}, "this model has none"),
     ],

@@ -8,16 +8,37 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bayeslens.core.conditioned_model import conditioned_model
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.engine import Engine
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
+from bayeslens.inference.pymc_program import is_pymc, pymc_program
+from bayeslens.inference.reparameterization import reparameterize
 
 # name -> module and class; loaded when asked for
 ENGINES = {
+    "enumeration": ("enumeration", "Enumeration"),
     "exact": ("exact", "Exact"),
+    "flow": ("variational", "Flow"),
+    "full_rank": ("variational", "FullRank"),
     "gibbs": ("numpyro_kernel", "Gibbs"),
+    "hmc": ("hamiltonian", "HMC"),
+    "implicit": ("implicit_variational", "ImplicitVariational"),
+    "laplace": ("laplace", "Laplace"),
+    "mean_field": ("variational", "MeanField"),
+    "nested": ("nested_sampling", "NestedSampling"),
+    "neural_nested": ("neural_nested_sampling", "NeuralNestedSampling"),
     "nuts": ("nuts", "NUTS"),
+    "pathfinder": ("pathfinder", "Pathfinder"),
+    "sghmc": ("stochastic_gradient", "SGHMC"),
+    "sgld": ("stochastic_gradient", "SGLD"),
+    "smc": ("sequential_monte_carlo", "SMC"),
 }
 
 
@@ -55,13 +76,13 @@ def engine_named(name: str, **settings: Any) -> Engine:
 
 
 def infer(
-    model: Callable, data: dict[str, Any], *, key: Any, engine: str | Engine = "auto", **settings: Any
+    model: Callable, data: dict[str, Any] | None = None, *, key: Any, engine: str | Engine = "auto", **settings: Any
 ) -> Posterior:
     """The posterior of a NumPyro model given data.
 
     Args:
-        model: a NumPyro program.
-        data: the model's arguments by name.
+        model: a NumPyro program, or a `pymc.Model` (extra `pymc`).
+        data: the model's arguments by name; none for a PyMC model, which holds its own.
         key: a `jax.random.key`.
         engine: the name of an engine, or one made with its settings, such as `NUTS(num_samples=500)`. `"auto"` does
             what `plan` says.
@@ -83,7 +104,8 @@ def infer(
     >>> bool(abs(posterior["mu"].mean() - 0.5) < 0.3)
     True
     """
-    conditioned, plan = conditioned_model(model, data), None
+    program = pymc_program(model) if is_pymc(model) else model
+    conditioned, plan = conditioned_model(program, data if data is not None else {}), None
     if isinstance(engine, str) and engine == "auto":
         from bayeslens.inference.planning import plan_for
 
@@ -91,15 +113,23 @@ def infer(
         if sys.stderr.isatty():
             print(plan, file=sys.stderr)
         engine = plan.engine
+        if engine == "nuts":
+            run = reparameterize(program, conditioned.given, key=jax.random.fold_in(key, 2))
+            conditioned = conditioned_model(run, conditioned.given) if run is not program else conditioned
     if isinstance(engine, str):
         engine = engine_named(engine, **settings)
     elif settings:
         raise InputError(f"give the settings {sorted(settings)} to the engine itself: {type(engine).__name__}(...)")
-    return dataclasses.replace(_as_engine(engine)(conditioned, key=key), plan=plan)
+    posterior = _run(_as_engine(engine), conditioned, key)
+    # What is sampled in place of a site of the model is not shown.
+    hidden = getattr(conditioned.model, "hidden", ())
+    draws = {n: v for n, v in posterior.draws.items() if n not in hidden}
+    return dataclasses.replace(posterior, draws=draws, plan=plan, model=program)
 
 
 def _as_engine(engine: Any) -> Engine:
     """An engine, or NumPyro's kernel or guide as one."""
+    from numpyro.infer.autoguide import AutoGuide
     from numpyro.infer.mcmc import MCMCKernel
 
     kind = engine if isinstance(engine, type) else type(engine)
@@ -109,7 +139,62 @@ def _as_engine(engine: Any) -> Engine:
         from bayeslens.inference.numpyro_kernel import NumPyroKernel
 
         return NumPyroKernel(engine)
+    if issubclass(kind, AutoGuide):
+        from bayeslens.inference.numpyro_guide import NumPyroGuide
+
+        return NumPyroGuide(engine)
     raise InputError(
         f"{kind.__name__} is no engine: give one of {', '.join(sorted(ENGINES))}, an engine of bayeslens.inference, "
-        "or a NumPyro kernel"
+        "or a NumPyro kernel or guide"
     )
+
+
+def _run(engine: Engine, conditioned: ConditionedModel, key: Any) -> Posterior:
+    """Run an engine, on the model with its finite latents summed out where it takes continuous ones only."""
+    if engine.takes_discrete or not conditioned.discrete:
+        try:
+            return engine(conditioned, key=key)
+        except ValueError as error:
+            if "Pure callbacks do not support" not in str(error):
+                raise
+            raise InputError(
+                f"the model calls plain Python, which has no gradient, and engine {engine.name} needs one: use engine "
+                "smc or nested"
+            ) from error
+    names = [s.name for s in conditioned.discrete]
+    infinite = [s.name for s in conditioned.discrete if s.support_size is None]
+    if infinite:
+        raise InputError(
+            f"the sites {infinite} are discrete with infinitely many values, which the engine {engine.name} cannot "
+            "take: bound them (a truncated distribution), or sum them out of the model"
+        )
+    if not conditioned.continuous:
+        raise InputError(f"the sites {names} are discrete, and there are no others: use engine enumeration")
+    from bayeslens.inference.enumeration import marginalize
+
+    summed = conditioned_model(marginalize(conditioned.model), conditioned.given)
+    posterior = engine(summed, key=jax.random.fold_in(key, 0))
+    values = {s.name: jnp.asarray(posterior.draws[s.name]) for s in conditioned.continuous}
+    shape = np.shape(next(iter(values.values())))[:2]
+    flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in values.items()}
+    drawn = _draw_discrete(conditioned, flat, jax.random.split(jax.random.fold_in(key, 1), shape[0] * shape[1]))
+    return dataclasses.replace(
+        posterior,
+        draws=posterior.draws | {n: np.asarray(v).reshape(*shape, *v.shape[1:]) for n, v in drawn.items()},
+        settings=posterior.settings | {"key": np.asarray(jax.random.key_data(key)).tolist()},
+        model=conditioned.model,
+    )
+
+
+_DRAWS_AT_ONCE = 500  # of discrete sites: long chains take memory
+
+
+@eqx.filter_jit
+def _draw_discrete(conditioned: ConditionedModel, values: dict[str, Array], keys: Any) -> dict[str, Array]:
+    """Exact draws of the discrete sites, given those of the continuous ones."""
+    from bayeslens.inference.enumeration import sample_discrete
+
+    def one(pair: Any) -> dict[str, Array]:
+        return sample_discrete(conditioned.model, conditioned.arguments, *pair)
+
+    return jax.lax.map(one, (values, keys), batch_size=min(_DRAWS_AT_ONCE, len(keys)))

@@ -28,6 +28,7 @@ class NumPyroKernel(Engine):
     """
 
     name: ClassVar[str] = "numpyro_kernel"
+    takes_discrete: ClassVar[bool] = True
 
     kernel: Any
     num_chains: int = 4
@@ -47,7 +48,8 @@ class NumPyroKernel(Engine):
 class Gibbs(Engine):
     """Discrete sites of finite support by Gibbs steps, given the continuous ones, which NUTS moves.
 
-    Summing discrete sites out of the model mixes far better where it can be done.
+    Summing discrete sites out, as other engines do, mixes far better where it can be done; Gibbs takes models whose
+    discrete sites depend on too many others for that.
 
     Args:
         num_chains: run at once; 4 are needed to trust R-hat.
@@ -69,6 +71,7 @@ class Gibbs(Engine):
     """
 
     name: ClassVar[str] = "gibbs"
+    takes_discrete: ClassVar[bool] = True
 
     num_chains: int = 4
     num_warmup: int = 1000
@@ -88,9 +91,7 @@ class Gibbs(Engine):
         if not conditioned.discrete:
             raise InputError("Gibbs steps are for discrete sites, and this model has none: use engine nuts")
         if not conditioned.continuous:
-            raise InputError(
-                "Gibbs steps beside NUTS need a continuous site, and this model has none: sum them by hand"
-            )
+            raise InputError("Gibbs steps beside NUTS need a continuous site, and this model has none: use enumeration")
         kernel = DiscreteHMCGibbs(NUTS(conditioned.model), modified=True)
         return run_kernel(self, kernel, conditioned, key)
 

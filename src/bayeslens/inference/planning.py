@@ -9,21 +9,27 @@ from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.errors import InputError
 from bayeslens.core.plan import Plan, PlannedSite
 from bayeslens.inference.exact import solve_exactly
+from bayeslens.inference.pymc_program import is_pymc, pymc_program
+from bayeslens.inference.reparameterization import hierarchical_sites
 
 _SAMPLED_BY = "nuts"
+_APART = "its location or scale is a latent: partly non-centred, as far as the data ask for"
 
 
-def plan(model: Callable, data: dict[str, Any]) -> Plan:
+def plan(model: Callable, data: dict[str, Any] | None = None) -> Plan:
     """What `infer(model, data, engine="auto")` will do with each site, and why.
 
-    Conjugate and affine-Gaussian models are solved exactly, others are sampled by NUTS.
+    Finite latents alone are enumerated; conjugate and affine-Gaussian models are solved exactly; finite latents
+    beside continuous ones are summed out; the rest is sampled by NUTS, latents whose location or scale is a latent as
+    far from their parents as the data ask for. Models that call plain Python go to sequential
+    Monte Carlo, those with subsampled plates to stochastic gradient Hamiltonian Monte Carlo.
 
     Args:
-        model: a NumPyro program.
-        data: the model's arguments by name.
+        model: a NumPyro program, or a `pymc.Model`.
+        data: the model's arguments by name; none for a PyMC model, which holds its own.
 
     Raises:
-        InputError: a model that cannot be used, as for `infer`; discrete latents; a subsampled plate.
+        InputError: a model that cannot be used, as for `infer`; a discrete site with infinitely many values.
 
     >>> import numpyro, numpyro.distributions as dist
     >>> def model(y):
@@ -36,7 +42,8 @@ def plan(model: Callable, data: dict[str, Any]) -> Plan:
     mu     scalar  sampled    nuts  HalfNormal scale has no conjugate form
     scale  scalar  sampled    nuts  HalfNormal scale has no conjugate form
     """
-    return plan_for(conditioned_model(model, data))
+    program = pymc_program(model) if is_pymc(model) else model
+    return plan_for(conditioned_model(program, data if data is not None else {}))
 
 
 def plan_for(conditioned: ConditionedModel, settings: Iterable[str] = ()) -> Plan:
@@ -46,20 +53,39 @@ def plan_for(conditioned: ConditionedModel, settings: Iterable[str] = ()) -> Pla
     def has(engine: str) -> bool:
         return set(settings) <= set(settings_of_engine(engine))
 
-    if conditioned.discrete:
-        names = [s.name for s in conditioned.discrete]
-        raise InputError(f"the sites {names} are discrete: sum them out of the model, or use engine gibbs")
-    if conditioned.subsampled:
+    infinite = [s.name for s in conditioned.discrete if s.support_size is None]
+    if infinite:
         raise InputError(
-            f"the plates {list(conditioned.subsampled)} take a new part of the data in each run, and no engine is "
-            "known for that: leave out subsample_size"
+            f"the sites {infinite} have infinitely many values, and no engine is known for them: bound them "
+            "(a truncated distribution), or sum them out of the model"
         )
+    if conditioned.subsampled:
+        why = f"the plates {', '.join(conditioned.subsampled)} take a new part of the data in each step"
+        return _all(conditioned, "sghmc", "sampled", why)
+    if conditioned.continuous and not conditioned.discrete and conditioned.plain_python:
+        return _all(conditioned, "smc", "sampled", "the model calls plain Python, which has no gradient")
+    if not conditioned.continuous and has("enumeration"):
+        sizes = " and ".join(f"{s.name} takes {s.support_size} values" for s in conditioned.discrete[:3])
+        return _all(conditioned, "enumeration", "enumerated", sizes)
+    if conditioned.discrete:
+        sites = tuple(
+            PlannedSite(s.name, s.shape, "marginalized", "enumeration", f"takes {s.support_size} values")
+            if s.discrete
+            else PlannedSite(s.name, s.shape, "sampled", _SAMPLED_BY, f"{s.family}, the finite sites summed out")
+            for s in conditioned.latents
+        )
+        return Plan(_SAMPLED_BY, sites)
     solution, why = solve_exactly(conditioned)
     if solution is not None and has("exact"):
         return _all(conditioned, "exact", "solved exactly", why)
     if solution is not None:
         why = f"the settings {', '.join(sorted(settings))} ask for it; engine exact would solve it"
-    return _all(conditioned, _SAMPLED_BY, "sampled", why)
+    apart = hierarchical_sites(conditioned)
+    sites = tuple(
+        PlannedSite(s.name, s.shape, "sampled", _SAMPLED_BY, _APART if s.name in apart else why)
+        for s in conditioned.latents
+    )
+    return Plan(_SAMPLED_BY, sites)
 
 
 def _all(conditioned: ConditionedModel, engine: str, treatment: str, why: str) -> Plan:
