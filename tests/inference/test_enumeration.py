@@ -425,6 +425,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MORE)
 def test_log_sum_against_brute_force(case):
     model, data, values, names = MORE[case]
@@ -503,6 +504,7 @@ def test_engine(precision):
     assert abs(draws.mean() - mean) < 5 * np.sqrt((np.exp(logs - exact) @ die**2 - mean**2) / 1000)
 
 
+@pytest.mark.slow
 def test_a_wrong_factorization_is_an_error(monkeypatch):
     from bayeslens.inference import dependence
 

@@ -34,6 +34,7 @@ def two_modes(y):
     numpyro.sample("y", dist.Normal(jnp.abs(x), 1.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "latent"), [(3, 3), (5, 3), (3, 5)])
 def test_the_entropy_of_a_linear_sampler_is_exact(size, latent):
     rng = np.random.default_rng(0)
@@ -51,6 +52,7 @@ def test_the_entropy_of_a_linear_sampler_is_exact(size, latent):
             assert bound == pytest.approx(float(by_hand), abs=1e-9) and bound <= float(exact)
 
 
+@pytest.mark.slow
 def test_the_bound_holds_for_many_latents_and_has_the_right_gradient():
     with jax.enable_x64(True):
         sampler = NeuralSampler.identity(60, 40, np.random.default_rng(0), width=16)
@@ -90,6 +92,7 @@ def test_a_matrix_sampler_is_far_smaller_than_what_it_samples():
     assert 0.3 < float(draws.var()) < 6.0
 
 
+@pytest.mark.slow
 def test_a_normal_posterior_is_found():
     covariance = np.linalg.inv(np.eye(2) / 4 + X.T @ X)
     mean = covariance @ X.T @ Y
@@ -105,6 +108,7 @@ def test_a_normal_posterior_is_found():
     assert posterior.k_hat is None and posterior.log_evidence is None
 
 
+@pytest.mark.slow
 def test_two_modes_are_kept():
     posterior = ImplicitVariational(num_steps=3000)(conditioned_model(two_modes, {"y": 3.0}), key=KEY)
     draws = np.asarray(posterior["x"])[0]

@@ -81,6 +81,7 @@ def test_a_skewed_posterior_is_doubted_in_proportion():
     assert posterior.k_hat > 0.7 and "k-hat" in posterior.warnings[-1]
 
 
+@pytest.mark.slow
 def test_modes_that_are_missed_and_modes_that_do_not_exist_are_said():
     assert "another mode" in " ".join(Laplace()(conditioned_model(two_modes, {"y": 4.0}), key=KEY).warnings)
     found = Laplace(num_samples=500)(conditioned_model(centred, {"y": np.zeros(5)}), key=KEY)

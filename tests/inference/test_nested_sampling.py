@@ -83,6 +83,7 @@ def test_evidence_and_error_of_ideal_runs():
     assert abs(np.mean(means) - 0.01) < 5 * np.std(means) / np.sqrt(200)
 
 
+@pytest.mark.slow
 def test_slices_leave_the_prior_above_a_level_as_it_is(conditioned):
     # Where the likelihood is above that of four off the mean, the prior is a normal distribution cut to an interval.
     center = Y.mean()
@@ -119,6 +120,7 @@ def test_conjugate_normal(posterior, conditioned):
     np.testing.assert_allclose(likelihood[0], jax.vmap(conditioned.log_likelihood)(draws[:, None]), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_modes():
     found = NestedSampling()(conditioned_model(two_modes, {"height": np.zeros(())}), key=KEY)
     assert abs(found.log_evidence + np.log(400)) < 4 * found.log_evidence_error
@@ -141,6 +143,7 @@ def regression(x, y):
     numpyro.sample("y", dist.Normal(x @ beta, 0.5), obs=y)
 
 
+@pytest.mark.slow
 def test_regression_in_float64():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(30, 3))
@@ -169,6 +172,7 @@ def python_model(y, method):
     numpyro.factor("y", jax.pure_callback(python_likelihood, shape, mu, y, vmap_method=method))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["expand_dims", "sequential"])
 def test_likelihoods_in_plain_python_are_called_as_often_as_is_said(method):
     CALLS.clear()
@@ -185,6 +189,7 @@ def half_not_a_number(y):
     numpyro.factor("y", jnp.log(mu) - jnp.log(jnp.abs(mu)) + dist.Normal(mu, 1.0).log_prob(y))
 
 
+@pytest.mark.slow
 def test_likelihoods_that_are_not_numbers_count_as_zero():
     found = NestedSampling(num_live=200)(conditioned_model(half_not_a_number, {"y": 1.0}), key=KEY)
     # The evidence is that of the half of the prior where the logarithm exists; the other is a plateau.
@@ -199,6 +204,7 @@ def steps(y):
     numpyro.factor("y", jnp.where(x < 0.2, 2.0, jnp.where(x < 0.5, 1.0, y)))
 
 
+@pytest.mark.slow
 def test_plateaus():
     found = NestedSampling(num_live=200)(conditioned_model(steps, {"y": 0.0}), key=KEY)
     assert abs(found.log_evidence - np.log(0.2 * np.e**2 + 0.3 * np.e + 0.5)) < 4 * found.log_evidence_error

@@ -54,6 +54,7 @@ def neural(conditioned):
     return NeuralNestedSampling(num_live=300)(conditioned, key=KEY), sum(CALLS)
 
 
+@pytest.mark.slow
 def test_fewer_likelihoods_for_the_same_evidence_and_posterior(neural, plain):
     found, calls = neural
     # The likelihood integrates to one within the square, but for e^-80.
@@ -73,12 +74,14 @@ def test_fewer_likelihoods_for_the_same_evidence_and_posterior(neural, plain):
     assert found.engine == "neural_nested" and found.warnings == ()
 
 
+@pytest.mark.slow
 def test_weights_are_made_of_true_likelihoods(neural):
     found, _ = neural
     true = python_density(found["x"][0], CENTER)
     np.testing.assert_allclose(found.statistics["log_likelihood"][0], true, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_without_an_accurate_network_it_is_plain_nested_sampling(conditioned, plain, monkeypatch):
     monkeypatch.setattr(neural_nested_sampling.Breeding, "train", lambda self, *_: (None, self))
     found = NeuralNestedSampling(num_live=300)(conditioned, key=KEY)
@@ -117,6 +120,7 @@ class Wrong:
         return self.network, self
 
 
+@pytest.mark.slow
 def test_wrong_networks_are_thrown_out(conditioned, plain, trained, monkeypatch):
     given = []
     wrong = Wrong(trained[0], given)
@@ -128,6 +132,7 @@ def test_wrong_networks_are_thrown_out(conditioned, plain, trained, monkeypatch)
     assert found.statistics["num_evaluations"].sum() > plain.statistics["num_evaluations"].sum()
 
 
+@pytest.mark.slow
 def test_networks_learn_a_likelihood(trained):
     network, stated = trained
     rng = np.random.default_rng(2)
@@ -141,6 +146,7 @@ def test_networks_learn_a_likelihood(trained):
     assert (np.diff(network.scaled(np.sort(banana(fresh)))) > 0).all()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_learned_is_not_let_in():
     # Independent places are a third apart in the mean.
     assert fitted(lambda points: np.random.default_rng(3).permutation(banana(points)))[1].min() > 0.2
@@ -160,6 +166,7 @@ def test_children_have_their_parents_genes_or_new_ones():
     assert not np.isin(rates, genes.learning_rate[[5, 2, 4]]).any()
 
 
+@pytest.mark.slow
 def test_an_interruption_returns_what_there_is(conditioned, monkeypatch):
     true, calls = nested_sampling.climb, []
 

@@ -99,6 +99,7 @@ def test_particles_are_weighted():
     assert abs(float(particles.sample(KEY, (10_000,))["x"].mean()) - 0.8) < 0.02
 
 
+@pytest.mark.slow
 def test_a_bad_sampler_is_said_to_be_bad():
     def funnel():
         scale = numpyro.sample("scale", dist.Normal(0.0, 3.0))
@@ -180,6 +181,7 @@ def test_trees_leave_a_gaussian_as_it_is(unscaled):
     np.testing.assert_allclose(unscaled.gradient, -(unscaled.position - [1, 2, 3]) @ precision, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_trees_are_as_large_as_those_of_numpyro(unscaled):
     from numpyro import infer
 

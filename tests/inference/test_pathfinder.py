@@ -51,6 +51,7 @@ def dense_bfgs(diagonal, steps, changes):
     return inverse
 
 
+@pytest.mark.slow
 def test_the_product_form_is_the_textbook_update():
     rng = np.random.default_rng(0)
     hessian = np.cov(rng.normal(size=(7, 30)))
@@ -81,6 +82,7 @@ def conditioned():
     return conditioned_model(normal_model, {"mean": np.array([0.0, 1.0, -2.0, 3.0])})
 
 
+@pytest.mark.slow
 def test_paths_end_at_the_mode(conditioned):
     climbed = climb_from(conditioned, KEY, 8)
     mode = np.array([0.0, 1.0, -2.0, 3.0]) * SCALES / (1 + SCALES**2)
@@ -116,6 +118,7 @@ def test_draws_of_a_normal_posterior(conditioned):
     np.testing.assert_array_equal(posterior["theta"], again["theta"])
 
 
+@pytest.mark.slow
 def test_eight_schools_are_found_and_doubted():
     posterior = Pathfinder()(conditioned_model(eight_schools, SCHOOLS), key=KEY)
     # Reference draws of posteriordb: mean of mu 4.4 with standard deviation 3.3. Local normals are too narrow for it.

@@ -94,6 +94,7 @@ def test_draws_have_the_density():
     assert abs(weights.mean() - 1) < 6 * weights.std() / np.sqrt(len(weights))
 
 
+@pytest.mark.slow
 def test_batches_pass_through_jit_vmap_plates_and_files(tmp_path):
     d = GumbelSoftmax(jnp.array([0.5, 1.0])[:, None], jnp.zeros((4, 3)))
     assert d.batch_shape == (2, 4) and d.event_shape == (3,) and d.has_rsample
@@ -122,6 +123,7 @@ def test_batches_pass_through_jit_vmap_plates_and_files(tmp_path):
     assert trace["y"]["value"].shape == (4, 3)
 
 
+@pytest.mark.slow
 def test_low_temperatures_stay_finite():
     d = GumbelSoftmax(0.01, LOGITS)
     y = d.sample(KEY, (1000,))

@@ -29,12 +29,14 @@ def known_scale(y, sigma):
     numpyro.sample("y", dist.Normal(theta, sigma).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_weights_are_the_share_of_what_the_data_know():
     sigma = np.array([0.1, 2.0, 50.0])
     changed = reparameterize(known_scale, {"y": np.zeros(3), "sigma": sigma}, key=KEY)
     np.testing.assert_allclose(changed.weights["theta"], 4 / (4 + sigma**2), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_density_and_the_posterior_stay():
     """At the same values the two programs differ by the Jacobian of the map, a constant where the scale is known."""
     data = {"y": np.array([1.0, 0.0, -1.0]), "sigma": np.array([0.5, 2.0, 5.0])}
@@ -81,6 +83,7 @@ def test_models_without_hierarchy_stay_as_they_are():
     assert reparameterize(flat, {"y": 1.0}, key=KEY) is flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [dist.StudentT, dist.Laplace])
 def test_other_families(family):
     def model(y):

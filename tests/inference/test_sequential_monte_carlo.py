@@ -65,6 +65,7 @@ def test_standard_error_covers():
     assert 0.938 < covered < 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True])
 def test_moves_leave_the_tempered_target_as_it_is(conditioned, gradient):
     mean, sd, _ = exact_normal(Y, 0.5)
@@ -110,6 +111,7 @@ def test_temperatures_keep_the_effective_sample_size(conditioned):
     assert abs(weights.sum() ** 2 / (weights**2).sum() / 100_000 - 0.8) < 0.06
 
 
+@pytest.mark.slow
 def test_two_modes_keep_their_shares():
     found = SMC()(conditioned_model(two_modes, {"height": np.float64(0.0)}), key=KEY)
     assert abs(found.log_evidence + np.log(400)) < 4 * found.log_evidence_error
@@ -118,6 +120,7 @@ def test_two_modes_keep_their_shares():
     assert abs(share - 0.75) < 0.1  # five times the spread of the share of 500 independent draws
 
 
+@pytest.mark.slow
 def test_gradients_in_float64():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(30, 8))
@@ -152,6 +155,7 @@ def python_model(y, method):
     numpyro.factor("y", jax.pure_callback(python_likelihood, shape, mu, y, vmap_method=method))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["expand_dims", "sequential"])
 def test_likelihoods_in_plain_python_are_called_as_often_as_is_said(method):
     CALLS.clear()

@@ -81,6 +81,7 @@ def test_a_structured_normal_is_the_dense_one(length):
         np.testing.assert_allclose(root @ root.T, covariance, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_structured_normals_pass_through_jit_vmap_and_models(tmp_path):
     d = StructuredGaussian(jnp.zeros((4, 1, 3)), jnp.ones(3), jnp.ones((2, 3)))
     assert d.batch_shape == (4, 2) and d.mean.shape == (4, 2, 3) and d.has_rsample
@@ -126,6 +127,7 @@ def linear():
     return model, law, covariance
 
 
+@pytest.mark.slow
 def test_bounds_are_the_evidence_where_recognition_is_exact(linear):
     model, law, covariance = linear
     evidence = np.asarray(law.log_prob(LINEAR_X))
@@ -139,6 +141,7 @@ def test_bounds_are_the_evidence_where_recognition_is_exact(linear):
     assert len(model.sample(KEY, (7,))) == 7
 
 
+@pytest.mark.slow
 def test_the_importance_bound_grows_towards_the_evidence(linear):
     model, law, _ = linear
     wrong = eqx.tree_at(lambda m: m.recognition.layers[-1].bias, model, replace_fn=lambda b: b + 0.3)
@@ -165,6 +168,7 @@ def test_imputation_is_gibbs_sampling_where_recognition_is_exact(linear):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", [pytest.param("normal", marks=pytest.mark.slow), "bernoulli"])
 def test_two_layers_are_trained_saved_and_sampled(likelihood, tmp_path):
     x = LINEAR_X if likelihood == "normal" else (LINEAR_X > 3).astype(float)

@@ -44,6 +44,7 @@ def test_the_posterior_of_a_regression(engine):
     assert found.warnings == () or all("effective" in w for w in found.warnings)
 
 
+@pytest.mark.slow
 def test_a_pass_over_all_parts_is_the_gradient_of_all_data():
     def two_plates(x, y, z, taken=101):
         regression(x, y, taken)
@@ -61,6 +62,7 @@ def test_a_pass_over_all_parts_is_the_gradient_of_all_data():
         np.testing.assert_allclose(found, jax.grad(whole.log_prob)(point), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_auto_takes_dynamics_and_too_small_parts_are_warned_of():
     found = bayeslens.infer(regression, DATA, key=KEY, num_samples=50, num_warmup=500, num_chains=2)
     assert found.engine == "sghmc" and "rows" in found.plan.sites[0].why

@@ -64,6 +64,7 @@ def check_moments(posterior, mean, deviations, count=4000):
     return draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [FullRank(num_steps=1000), Flow(num_steps=200)])
 def test_a_normal_posterior_is_exact(conditioned, engine):
     mean, covariance, _, evidence = exact()
@@ -87,6 +88,7 @@ def test_mean_field_variances_are_those_of_theory(conditioned):
     assert (np.diag(covariance) > 1 / np.diag(precision)).all()
 
 
+@pytest.mark.slow
 def test_a_banana_is_bent_by_the_flow_and_not_by_a_normal():
     conditioned = conditioned_model(banana, {"y": 2.0})
     normal = FullRank(num_steps=500)(conditioned, key=KEY)
@@ -109,6 +111,7 @@ def test_a_banana_is_bent_by_the_flow_and_not_by_a_normal():
     assert np.average(found**2, weights=weights) == pytest.approx(second, abs=5 * error)
 
 
+@pytest.mark.slow
 def test_layers_invert_and_know_their_determinants():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
@@ -131,6 +134,7 @@ def test_layers_invert_and_know_their_determinants():
         np.testing.assert_allclose(CouplingLayers.identity(5, 4, 8, 0).transform(z)[0], z, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_divergence():
     """The path gradient is exact in expectation, and vanishes draw by draw at the posterior."""
     with jax.enable_x64(True):
@@ -165,6 +169,7 @@ def heavy(y):
     numpyro.sample("y", dist.Normal(x, 50.0), obs=y)
 
 
+@pytest.mark.slow
 def test_numpyro_guides_have_their_model_replaced_and_tails_are_missed():
     posterior = NumPyroGuide(guide=AutoNormal(regression), num_steps=500)(conditioned_model(heavy, {"y": 0.0}), key=KEY)
     # A normal proposal for tails of power 2.5, up to 50 scales out: weights without any moment there.

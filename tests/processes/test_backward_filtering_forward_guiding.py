@@ -99,6 +99,7 @@ def test_finite_trees_are_exact():
         assert abs(share.get(s, 0) - p) < 5 * np.sqrt(p * (1 - p) / 20_000) + 1e-12
 
 
+@pytest.mark.slow
 def test_unobserved_leaves_do_not_change_the_evidence_and_unguided_draws_are_unbiased():
     tree, observed = finite_tree(np.random.default_rng(0)), {"y1": 1, "y3": 0}
     _, table = enumerate_tree(tree, observed)
@@ -248,6 +249,7 @@ def branching():
     return tree, observed, likelihood, moment / likelihood, guided, blind
 
 
+@pytest.mark.slow
 def test_weights_of_a_diffusion_on_a_tree_are_unbiased(branching):
     *_, likelihood, mean, guided, blind = branching
     for draws, accuracy in ((guided, 0.03), (blind, 0.2)):
@@ -283,6 +285,7 @@ def test_linearization():
     np.testing.assert_allclose(linear.diffusion, [[0.7 + 0.2 * np.sin(0.5)]])
 
 
+@pytest.mark.slow
 def test_a_linear_equation_that_is_its_own_auxiliary_has_equal_weights():
     linear = LinearEquation([[-1.0, 0.5], [0.0, -2.0]], [0.3, 0.1], [[0.5], [0.2]])
     itself = StochasticDifferentialEquation(
@@ -302,6 +305,7 @@ def test_a_linear_equation_that_is_its_own_auxiliary_has_equal_weights():
     np.testing.assert_allclose(posterior.log_weights, 0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_nonlinear_gaussian_kernels_also_at_leaves():
     prior = LinearGaussianKernel.state([0.0], [[1.0]])
     move = NonlinearGaussianKernel(
@@ -370,6 +374,7 @@ def test_the_evidence_as_a_factor_in_a_numpyro_model():
     assert abs(sampler.get_samples()["rate"].mean() - mean) < 4 * 0.25 / np.sqrt(75)
 
 
+@pytest.mark.slow
 def test_gradient_through_a_linear_gaussian_tree():
     def log_evidence(scale, algebra):
         prior, see = LinearGaussianKernel.state([0.0], [[1.0]]), LinearGaussianKernel([[1.0]], [0.0], [[0.5]])

@@ -133,6 +133,7 @@ def padded(beliefs, blocks, states):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scopes", "blocks", "states", "radius"),
     [
@@ -180,6 +181,7 @@ def test_blocks_that_do_not_interact_are_exact():
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_first_update_is_exact_once_all_factors_are_near():
     """At the first time the chains are independent beforehand, so that only the locality is approximate."""
     rng = np.random.default_rng(4)
@@ -269,6 +271,7 @@ def test_the_error_falls_with_the_radius_and_not_rise_with_the_number_of_chains(
 # Use
 
 
+@pytest.mark.slow
 def test_the_log_likelihood_as_a_factor_in_a_numpyro_model():
     model = switches(6)
     log_factors = simulate(model, jax.random.key(0), 6)
@@ -286,6 +289,7 @@ def test_the_log_likelihood_as_a_factor_in_a_numpyro_model():
     np.testing.assert_allclose(slope(whole), slope(exact_filter), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_impossible_states_and_observations():
     model = FactorialHiddenMarkovModel([[1.0, 0.0], [0.5, 0.5]], [np.eye(2), np.eye(2)], [(0, 1)])
     possible = np.array([[[[-np.inf, 0.0], [0.0, 0.0]]]])
@@ -299,6 +303,7 @@ def test_impossible_states_and_observations():
     np.testing.assert_allclose(missing.log_likelihood, 0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_single_precision():
     with jax.enable_x64(False):
         model = switches(6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 
 _PUBLIC = {
+    "BlockMove": "learned_proposals",
+    "BlockProposal": "learned_proposals",
     "DeepLatentGaussian": "stochastic_backpropagation",
     "ENGINES": "infer",
     "Enumeration": "enumeration",
@@ -16,6 +18,7 @@ _PUBLIC = {
     "HMC": "hamiltonian",
     "ImplicitVariational": "implicit_variational",
     "Laplace": "laplace",
+    "LearnedProposals": "learned_proposals",
     "MeanField": "variational",
     "NUTS": "nuts",
     "NestedSampling": "nested_sampling",
@@ -27,6 +30,7 @@ _PUBLIC = {
     "SGLD": "stochastic_gradient",
     "SMC": "sequential_monte_carlo",
     "StructuredGaussian": "stochastic_backpropagation",
+    "block_metropolis_hastings": "learned_proposals",
     "categorical_expectation": "relaxation",
     "categorical_gradient": "relaxation",
     "convergence": "diagnostics",
@@ -47,6 +51,7 @@ _PUBLIC = {
     "reparameterize": "reparameterization",
     "sample_discrete": "enumeration",
     "solve_exactly": "exact",
+    "train_proposal": "learned_proposals",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -59,9 +59,9 @@ class NeuralNestedSampling(Engine):
     ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
     ...     numpyro.sample("y", dist.Normal(mu, 0.1), obs=y)
     >>> engine = NeuralNestedSampling(num_live=100)
-    >>> found = engine(conditioned_model(model, {"y": 1.0}), key=jax.random.key(0))
+    >>> found = engine(conditioned_model(model, {"y": 1.0}), key=jax.random.key(0))  # doctest: +SKIP
     >>> exact = dist.Normal(0.0, 1.01**0.5).log_prob(1.0)
-    >>> bool(abs(found.log_evidence - exact) < 4 * found.log_evidence_error)
+    >>> bool(abs(found.log_evidence - exact) < 4 * found.log_evidence_error)  # doctest: +SKIP
     True
     """
 
