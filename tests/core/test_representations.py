@@ -296,6 +296,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_weighted_averages_are_unbiased(name):
     """Mean weight times average result estimates an integral without bias: 60 runs, within five standard errors.

@@ -288,6 +288,7 @@ def chi_square(draws, assignments, weights, names):
     return stats.chi2.sf(((seen - expected)[keep] ** 2 / expected[keep]).sum(), keep.sum() - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["markov", "indexed", "chains in a plate"])
 def test_draws_have_the_exact_joint_distribution(case):
     # Three tests that are wrong once in 10,000 each.

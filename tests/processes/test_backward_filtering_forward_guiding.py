@@ -264,11 +264,13 @@ def test_weights_of_a_diffusion_on_a_tree_are_unbiased(branching):
     assert abs(unweighted.mean() - mean) > 10 * unweighted.std() / np.sqrt(10_000)  # the weights matter
 
 
+@pytest.mark.slow
 def test_guiding_has_more_effective_draws_than_forward_simulation(branching):
     guided, blind = branching[-2:]
     assert effective_sample_size(guided.log_weights) > 3 * effective_sample_size(blind.log_weights)
 
 
+@pytest.mark.slow
 def test_paths_end_in_their_vertices(branching):
     tree, observed, *_, guided, _ = branching
     assert guided.values["left_path"].shape == (10_000, 20, 1)

@@ -165,6 +165,7 @@ def test_probabilities_and_evidences_match_quadrature(found, exact):
             assert abs(role.log_evidences[name] - value) < allowed
 
 
+@pytest.mark.slow
 def test_hyperparameters_that_are_not_used_keep_their_priors(found):
     draws = found.posterior.sample(jax.random.key(1), (4000,))
     unused = np.log(draws["kernel/smooth/length_scale"][draws["kernel"] == 0])
@@ -173,6 +174,7 @@ def test_hyperparameters_that_are_not_used_keep_their_priors(found):
     assert stats.kstest(unused, "norm").statistic < 0.15 < stats.kstest(used, "norm").statistic
 
 
+@pytest.mark.slow
 def test_predictions_average_over_choices_and_hyperparameters(found, exact):
     shares = special.softmax(exact[0])
     center, square = np.einsum("kms,kmsij->ij", shares, exact[1])
@@ -195,6 +197,7 @@ def test_single_candidates_need_no_coordinate_and_are_certain():
     assert [s.name for s in conditioned.latents] == ["kernel/smooth/amplitude", "kernel/smooth/length_scale"]
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(found):
     scales = {"amplitude": dist.LogNormal(0.0, 1.0), "length_scale": dist.LogNormal(0.0, 1.0)}
     for kernels, said in (
