@@ -107,6 +107,12 @@ def test_bad_models(model, y, message):
         SGLD()(conditioned_model(model, {"y": y}), key=KEY)
 
 
+@pytest.mark.parametrize("engine", ["nuts", "hmc", "laplace", "smc"])
+def test_engines_that_need_all_data_refuse_parts(engine):
+    with pytest.raises(InputError, match=r"'rows'.*use engine sgld or sghmc"):
+        bayeslens.infer(regression, DATA, key=KEY, engine=engine)
+
+
 def test_bad_settings():
     with pytest.raises(InputError, match="thinning must be at least 1"):
         SGLD(thinning=0)

@@ -95,11 +95,6 @@ class ConditionedModel(eqx.Module):
         Raises:
             InputError: there are such plates, and no rows.
         """
-        if self.subsampled and rows is None:
-            raise InputError(
-                f"the plates {list(self.subsampled)} take a new part of the data in each run: "
-                "use engine sgld or sghmc, or a plate without subsample_size"
-            )
         return self.log_terms_of(self.trace(vector, rows))
 
     @staticmethod
@@ -137,7 +132,7 @@ class ConditionedModel(eqx.Module):
         names = set(self.structure.names)
         return {
             name: site["value"]
-            for name, site in self.trace(vector).items()
+            for name, site in self.trace(vector, {}).items()
             if name in names or site["type"] == "deterministic"
         }
 
@@ -198,10 +193,19 @@ class ConditionedModel(eqx.Module):
     def trace(self, vector: Float[Array, " dimension"], rows: dict[str, Any] | None = None) -> dict[str, Any]:
         """NumPyro's trace of the program at an unconstrained vector; `rows` as for `log_terms`.
 
-        Terms that belong to the change of variables are extra observed sites.
+        Where rows do not matter, as for the values of latents, `{}` takes some fixed ones. Terms that belong to the
+        change of variables are extra observed sites.
+
+        Raises:
+            InputError: there are subsampled plates, and rows are None: densities would be those of a part of the data.
         """
         from numpyro import handlers
 
+        if self.subsampled and rows is None:
+            raise InputError(
+                f"the plates {list(self.subsampled)} take a new part of the data in each run: "
+                "use engine sgld or sghmc, or a plate without subsample_size"
+            )
         unconstrained = self.structure.unflatten(vector)
         program = handlers.substitute(self.model, substitute_fn=lambda site: _constrained(unconstrained, site))
         return self._run(handlers.substitute(program, data=rows) if rows else program)
@@ -237,7 +241,7 @@ class ConditionedModel(eqx.Module):
     def _check_observations(self, inside: dict[str, Any], vector: Any) -> None:
         for name, entries in inside.items():
             if not (entries := np.asarray(entries)).all():
-                site = self.trace(vector)[name]
+                site = self.trace(vector, {})[name]
                 value = np.broadcast_to(np.asarray(site["value"]), entries.shape + site["fn"].event_shape)[~entries]
                 raise InputError(
                     f"the observation of {name!r} has {int((~entries).sum())} values outside the support of "
@@ -303,7 +307,7 @@ def _candidates(conditioned: ConditionedModel, key: Any, count: int) -> tuple[Ar
     points = jax.random.uniform(key, (count, conditioned.dimension), minval=-2.0, maxval=2.0)
 
     def evaluate(point: Array) -> tuple[Array, dict[str, Array]]:
-        trace = conditioned.trace(point)
+        trace = conditioned.trace(point, {})
         return sum(conditioned.log_terms_of(trace)), _inside(trace)
 
     (values, inside), slopes = jax.vmap(jax.value_and_grad(evaluate, has_aux=True))(points)
@@ -312,7 +316,7 @@ def _candidates(conditioned: ConditionedModel, key: Any, count: int) -> tuple[Ar
 
 @eqx.filter_jit
 def _site_sums(conditioned: ConditionedModel, vector: Any) -> dict[str, Array]:
-    trace = conditioned.trace(vector)
+    trace = conditioned.trace(vector, {})
     samples = {n: s for n, s in trace.items() if s["type"] == "sample" and not n.startswith(_JACOBIAN)}
     return {n: jnp.sum(site_log_prob(s)) for n, s in samples.items()}
 

@@ -313,7 +313,7 @@ def _sizes(conditioned: ConditionedModel) -> tuple[tuple[str, int, int], ...]:
     found, sizes = {}, {}
 
     def look() -> Array:
-        for name, site in conditioned.trace(jnp.zeros(conditioned.dimension)).items():
+        for name, site in conditioned.trace(jnp.zeros(conditioned.dimension), {}).items():
             if site["type"] == "plate" and name in conditioned.subsampled:
                 sizes[name] = tuple(int(n) for n in site["args"])
             elif site["type"] == "sample":
