@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.gallery import Evidence
-from bayeslens.inference.learned_proposals import BlockMove, BlockProposal, block_metropolis_hastings, train_proposal
+from bayeslens.inference.block_proposal import BlockProposal, train_proposal
+from bayeslens.inference.learned_proposals import BlockMove, block_metropolis_hastings
 
 PAPER = "S134"
 CLAIM = "Learned block proposals are exact in unseen models and converge in fewer sweeps than single-site Gibbs."

@@ -14,14 +14,13 @@ import pytest
 
 from bayeslens.core.conditioned_model import conditioned_model
 from bayeslens.core.errors import InputError
+from bayeslens.inference.block_proposal import BlockProposal, train_proposal
 from bayeslens.inference.enumeration import discrete_marginals
 from bayeslens.inference.learned_proposals import (
     BlockMove,
-    BlockProposal,
     LearnedProposals,
     block_metropolis_hastings,
     log_acceptance_ratio,
-    train_proposal,
 )
 
 KEY = jax.random.key(0)

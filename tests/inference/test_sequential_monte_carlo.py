@@ -141,50 +141,6 @@ def test_gradients_in_float64():
     assert (np.abs(error) < 5 * np.sqrt(np.diag(covariance) / 400)).all()
 
 
-CALLS = []
-
-
-def python_likelihood(mu, y):
-    CALLS.append(np.size(mu))
-    return np.asarray(-0.5 * ((np.asarray(y) - np.asarray(mu)[..., None]) ** 2).sum(-1), np.float32)
-
-
-def python_model(y, method):
-    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
-    shape = jax.ShapeDtypeStruct((), np.float32)
-    numpyro.factor("y", jax.pure_callback(python_likelihood, shape, mu, y, vmap_method=method))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["expand_dims", "sequential"])
-def test_likelihoods_in_plain_python_are_called_as_often_as_is_said(method):
-    CALLS.clear()
-    found = SMC(num_particles=32)(conditioned_model(python_model, {"y": Y, "method": method}), key=KEY)
-    exact = exact_normal(Y)[2] + 5 * np.log(2 * np.pi)
-    assert abs(found.log_evidence - exact) < 4 * found.log_evidence_error
-    assert sum(CALLS) == round(found.statistics["num_evaluations"].sum())
-
-
-def test_gradients_of_plain_python_are_refused():
-    conditioned = conditioned_model(python_model, {"y": Y, "method": "expand_dims"})
-    with pytest.raises(InputError, match="set gradient=False"):
-        SMC(num_particles=32, gradient=True)(conditioned, key=KEY)
-
-
-def sometimes_nan(y):
-    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
-    numpyro.factor("y", jnp.log(mu) - jnp.log(jnp.abs(mu)) + dist.Normal(mu, 1.0).log_prob(y))
-
-
-def test_likelihoods_that_are_not_numbers_count_as_zero():
-    found = SMC(num_particles=128)(conditioned_model(sometimes_nan, {"y": 1.0}), key=KEY)
-    # The evidence is that of the half of the prior where the logarithm exists.
-    exact = stats.norm(0, 5**0.5).logpdf(1.0) + stats.norm.logsf(0, 0.8, 0.8**0.5)
-    assert abs(found.log_evidence - exact) < 4 * found.log_evidence_error
-    assert (found["mu"] > 0).all()
-    assert any("not a number" in w for w in found.warnings)
-
-
 def test_an_interruption_returns_what_there_is(conditioned, monkeypatch):
     true, calls = smc._reweight, []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +27,9 @@ from bayeslens.core.structure import Structure
 
 _TRIES = 100  # starting points looked at before giving up
 
+# Factors whose names begin so count as prior density, such as Jacobians; others as likelihood.
+PRIOR_FACTOR = "_log_det_of_"
+
 
 class ConditionedModel(eqx.Module):
     """A NumPyro program with its data: the joint density of its latents at these data.
@@ -42,6 +46,7 @@ class ConditionedModel(eqx.Module):
         structure: of the unconstrained vector: parts are continuous sites.
         subsampled: plates of which a part is drawn anew in each run.
         deterministic: names of the deterministic sites.
+        plain_python: whether the program calls plain Python (`black_box`), which has no gradient.
     """
 
     model: Callable = eqx.field(static=True)
@@ -52,6 +57,7 @@ class ConditionedModel(eqx.Module):
     subsampled: tuple[str, ...] = eqx.field(static=True)
     deterministic: tuple[str, ...] = eqx.field(static=True)
     fixed: Any = eqx.field(static=True)  # arguments whose values the program looks at while it is traced
+    plain_python: bool = eqx.field(static=True, default=False)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -78,11 +84,6 @@ class ConditionedModel(eqx.Module):
         """Its discrete latent sites."""
         return tuple(s for s in self.latents if s.discrete)
 
-    @property
-    def plain_python(self) -> bool:
-        """Whether the program calls plain Python (`black_box`), which has no gradient."""
-        return any(isinstance(o, str) and o == "pure_callback" for o in _constants(self))
-
     def log_terms(
         self, vector: Float[Array, " dimension"], rows: dict[str, Any] | None = None
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -103,7 +104,7 @@ class ConditionedModel(eqx.Module):
         prior, likelihood = [jnp.zeros(())], [jnp.zeros(())]
         for name, site in trace.items():
             if site["type"] == "sample":
-                is_prior = not site["is_observed"] or name.startswith(_JACOBIAN)
+                is_prior = not site["is_observed"] or name.startswith(PRIOR_FACTOR)
                 (prior if is_prior else likelihood).append(jnp.sum(site_log_prob(site)))
         return sum(prior), sum(likelihood)
 
@@ -266,9 +267,6 @@ class ConditionedModel(eqx.Module):
         return handlers.trace(handlers.seed(program, jax.random.key(0))).get_trace(**self.arguments)
 
 
-_JACOBIAN = "_log_det_of_"
-
-
 class _Fixed:
     """Arguments that are part of the program, told apart by identity."""
 
@@ -291,7 +289,7 @@ def _constrained(unconstrained: dict[str, Any], site: dict[str, Any]) -> Any:
     value = transform(real)
     log_det = transform.log_abs_det_jacobian(real, value)
     log_det = sum_rightmost(log_det, jnp.ndim(log_det) - jnp.ndim(value) + len(site["fn"].event_shape))
-    numpyro.factor(f"{_JACOBIAN}{site['name']}", log_det)
+    numpyro.factor(f"{PRIOR_FACTOR}{site['name']}", log_det)
     return value
 
 
@@ -317,7 +315,7 @@ def _candidates(conditioned: ConditionedModel, key: Any, count: int) -> tuple[Ar
 @eqx.filter_jit
 def _site_sums(conditioned: ConditionedModel, vector: Any) -> dict[str, Array]:
     trace = conditioned.trace(vector, {})
-    samples = {n: s for n, s in trace.items() if s["type"] == "sample" and not n.startswith(_JACOBIAN)}
+    samples = {n: s for n, s in trace.items() if s["type"] == "sample" and not n.startswith(PRIOR_FACTOR)}
     return {n: jnp.sum(site_log_prob(s)) for n, s in samples.items()}
 
 
@@ -377,7 +375,8 @@ def conditioned_model(model: Callable, data: dict[str, Any]) -> ConditionedModel
             "the model is not reproducible: traced again on the same data it gives another density; it must not read "
             "a clock, a file that changes, NumPy's random numbers or global state"
         )
-    return found
+    plain = any(isinstance(operation, str) and operation == "pure_callback" for operation in first)
+    return dataclasses.replace(found, plain_python=True) if plain else found
 
 
 def _constants(conditioned: ConditionedModel) -> list[Any]:

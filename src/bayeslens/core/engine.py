@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.core.conditioned_model import ConditionedModel, complete_draws, constrain_draws
+from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior, current_versions
 
 
@@ -63,6 +64,17 @@ def posterior_of(
         data=conditioned.given,
         **found,
     )
+
+
+def check_counts(engine: Engine, *names: str) -> None:
+    """Refuse settings that count something and are below 1; None stands for a default.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    for name in names:
+        if getattr(engine, name) is not None and getattr(engine, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(engine, name)}")
 
 
 def settings_of(engine: Engine) -> dict[str, Any]:

@@ -55,6 +55,7 @@ from bayeslens.core.probabilistic_program import (
     value_of,
     weighted,
 )
+from bayeslens.core.randomness import host_generator
 
 SUSPENDED = "suspended before its end"  # the result of a run that may go on; compared by identity
 
@@ -331,7 +332,7 @@ def sample_posterior(algorithm: Program, *, key: Any) -> Posterior:
     Raises:
         InputError: all weights are zero, or results do not stack into arrays.
     """
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    generator = host_generator(key)
 
     def sample(distribution: Distribution) -> Any:
         return value_of(distribution, max(generator.random(), 2.0**-54))  # the quantile at 0 may be infinite

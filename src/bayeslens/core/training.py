@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from bayeslens.core.errors import InputError
 from bayeslens.core.files import check_writable
 from bayeslens.core.progress import ProgressBar
+from bayeslens.core.randomness import host_generator
 from bayeslens.core.saving import load, save
 
 _PIECE_SECONDS = 0.25  # of one compiled call: how long Ctrl-C may have to wait
@@ -296,7 +297,7 @@ def _rows_of(data: Any, validation: Any, key: Array) -> tuple[Any, Any]:
         held = round(validation * rows) if rows else 0
         if not 0 < held < (rows or 0):
             raise InputError(f"validation={validation} of {rows} rows leaves nothing to validate or to train on")
-        order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(rows)
+        order = host_generator(key).permutation(rows)
         return jax.tree.map(lambda a: a[order[held:]], data), jax.tree.map(lambda a: a[order[:held]], data)
     validation = _arrays("validation", validation)
     if jax.tree.structure(validation) != jax.tree.structure(data) or rows is None:

@@ -6,7 +6,7 @@ import importlib
 
 _PUBLIC = {
     "BlockMove": "learned_proposals",
-    "BlockProposal": "learned_proposals",
+    "BlockProposal": "block_proposal",
     "DeepLatentGaussian": "stochastic_backpropagation",
     "ENGINES": "infer",
     "Enumeration": "enumeration",
@@ -51,7 +51,7 @@ _PUBLIC = {
     "reparameterize": "reparameterization",
     "sample_discrete": "enumeration",
     "solve_exactly": "exact",
-    "train_proposal": "learned_proposals",
+    "train_proposal": "block_proposal",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -155,6 +155,17 @@ def pareto_smoothed(log_weights: Float[np.ndarray, " draws"]) -> Float[np.ndarra
     return smoothed
 
 
+def importance_evidence(log_weights: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+    """Log of the mean importance weight of independent draws, and its standard error relative to that mean.
+
+    >>> importance_evidence(np.log([1.0, 3.0]))
+    (0.693..., 0.353...)
+    """
+    weights = np.exp(log_weights - np.max(log_weights))
+    error = weights.std() / weights.mean() / np.sqrt(len(weights))
+    return float(np.max(log_weights) + np.log(weights.mean())), float(error)
+
+
 def doubts_of_chains(draws: dict[str, np.ndarray], statistics: dict[str, np.ndarray]) -> tuple[str, ...]:
     """Sentences on why the draws of a Markov chain should not be trusted, and what to try.
 

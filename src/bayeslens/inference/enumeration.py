@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.conditioned_model import PRIOR_FACTOR, ConditionedModel
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 from bayeslens.inference.discrete_program import DiscreteProgram, Summed
 
-# Factors of this name count as prior density in a `ConditionedModel`, others as likelihood.
-_PRIOR, _LIKELIHOOD = "_log_det_of_discrete_sites", "log_sum_over_discrete_sites"
+_PRIOR, _LIKELIHOOD = f"{PRIOR_FACTOR}discrete_sites", "log_sum_over_discrete_sites"
 _CHECKS = 4  # assignments at which the engine compares the factors with the program
 
 
@@ -172,8 +171,7 @@ class Enumeration(Engine):
     num_samples: int = 4000
 
     def __check_init__(self):
-        if self.num_samples < 1:
-            raise InputError(f"num_samples must be at least 1, got {self.num_samples}")
+        check_counts(self, "num_samples")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         import numpyro.distributions as dist

@@ -19,9 +19,10 @@ from jaxtyping import Array
 from scipy import special
 
 from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
+from bayeslens.core.randomness import host_generator
 from bayeslens.core.structure import Structure
 
 _LARGEST_BLOCK = 2000  # real dimensions: the Hessian is dense
@@ -103,8 +104,7 @@ class Exact(Engine):
     num_samples: int = 4000
 
     def __check_init__(self):
-        if self.num_samples < 1:
-            raise InputError(f"num_samples must be at least 1, got {self.num_samples}")
+        check_counts(self, "num_samples")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("the exact engine")
@@ -120,7 +120,7 @@ class Exact(Engine):
 
 def _draw(solution: ExactSolution, key: Any, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Independent draws and marginals, on the host: compiling a program for each family takes longer than both."""
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    rng = host_generator(key)
     draws, marginals = {}, {}
     if solution.block.size:
         factor = np.linalg.cholesky(solution.covariance)

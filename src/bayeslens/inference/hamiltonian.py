@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayeslens.core.conditioned_model import ConditionedModel, constrain_draws
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 from bayeslens.core.progress import ProgressBar
@@ -38,9 +38,7 @@ _CHUNK = 128  # draws per chain that are mapped to the model's sites at once
 
 def check_settings(engine: Any) -> None:
     """Refuse settings without a meaning, of engines that `sampled` runs."""
-    for name in ("num_chains", "num_warmup", "num_samples"):
-        if getattr(engine, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(engine, name)}")
+    check_counts(engine, "num_chains", "num_warmup", "num_samples")
     if engine.mass_matrix not in ("diagonal", "dense", "low_rank"):
         raise InputError(f"mass_matrix must be diagonal, dense or low_rank, got {engine.mass_matrix!r}")
     if not 0 < engine.target_acceptance < 1:

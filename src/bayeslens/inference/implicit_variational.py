@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine, posterior_of
-from bayeslens.core.errors import InputError
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.posterior import Posterior
+from bayeslens.core.randomness import fast_key, host_generator
 from bayeslens.core.training import train
 from bayeslens.inference.laplace import Whitening, whitening
 from bayeslens.inference.pathfinder import standard_normal
@@ -251,15 +251,13 @@ class ImplicitVariational(Engine):
     latent: int | None = None
 
     def __check_init__(self):
-        for name in ("num_samples", "num_steps", "latent"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "num_samples", "num_steps", "latent")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("implicit variational inference")
         problem = self._problem(conditioned, key)
         rate = _schedule(self.num_steps)
-        fast = jax.random.key(int(np.asarray(jax.random.key_data(key)).ravel()[-1]), impl="rbg")  # quick to compile
+        fast = fast_key(key)
         trained, history = train(
             _loss, problem, None, key=fast, num_steps=self.num_steps, learning_rate=rate, check_every=100
         )
@@ -273,7 +271,7 @@ class ImplicitVariational(Engine):
     def _problem(self, conditioned: ConditionedModel, key: Any) -> _Problem:
         size = conditioned.dimension
         white = whitening(conditioned, jax.random.fold_in(key, 0), dense=size <= _DENSE_LIMIT)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(key, 1))).ravel())
+        rng = host_generator(jax.random.fold_in(key, 1))
         latent = min(size, _EXACT_LIMIT) if self.latent is None else self.latent
         kind = NeuralSampler.identity if size <= _MATRIX_LIMIT else MatrixSampler.random
         conditioned = jax.tree.map(np.asarray, conditioned)  # NumPy arrays are not trained

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy import linalg, special
+from scipy import linalg
 
 from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine, posterior_of
-from bayeslens.core.errors import InputError
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.posterior import Posterior
-from bayeslens.inference.diagnostics import doubts_of_weights
+from bayeslens.inference.diagnostics import doubts_of_weights, importance_evidence
 from bayeslens.inference.pathfinder import climb_from, log_probs, standard_normal
 
 _NEWTON_STEPS = 30
@@ -146,9 +145,7 @@ class Laplace(Engine):
     num_starts: int = 8
 
     def __check_init__(self):
-        for name in ("num_samples", "num_starts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "num_samples", "num_starts")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("Laplace's approximation")
@@ -174,10 +171,8 @@ def _disagreement(ratios: np.ndarray, log_evidence: float) -> float:
     """Between importance sampling and Laplace's estimate, plus the standard error of the former."""
     if not np.isfinite(ratios).any():
         return float("inf")
-    weights = np.exp(ratios - ratios.max())
-    sampled = special.logsumexp(ratios) - np.log(len(ratios))
-    error = weights.std() / weights.mean() / np.sqrt(len(ratios))
-    return float(abs(sampled - log_evidence) + error)
+    sampled, error = importance_evidence(ratios)
+    return abs(sampled - log_evidence) + error
 
 
 def _doubts_of_mode(normal: ModeNormal, ends: np.ndarray, values: np.ndarray) -> tuple[str, ...]:

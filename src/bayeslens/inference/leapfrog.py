@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from bayeslens.core.conditioned_model import ConditionedModel
+from bayeslens.core.randomness import host_generator
 
 BLOCK = 256  # leapfrog steps of a call: long enough that calls cost little, short enough to be interrupted
 DIVERGENCE = 1000.0  # the error of the energy from which on a trajectory counts as divergent
@@ -257,7 +258,7 @@ class Chains:
     ):
         self.conditioned, self.machine, self.num_chains, self.limit = conditioned, machine, num_chains, limit
         self.dimension, self.dtype = conditioned.dimension, jax.dtypes.canonicalize_dtype(float)
-        self.random = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+        self.random = host_generator(key)
         self.scale = Scale(np.ones(self.dimension), np.zeros((self.dimension, rank)), np.ones(rank))
         self.step, self.num_gradients = np.full(num_chains, 0.1), 0
         self.state = machine.blank(num_chains, self.dimension, self.dtype)

@@ -18,10 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import special, stats
 
 from bayeslens.core.conditioned_model import ConditionedModel, constrain_draws
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 from bayeslens.core.progress import ProgressBar
+from bayeslens.core.randomness import host_generator
 from bayeslens.inference.constrained_slices import Live, slices_above
 from bayeslens.inference.prior_population import (
     evaluate,
@@ -103,8 +104,7 @@ def check_settings(engine: Any) -> None:
     """
     if engine.num_live < 2 * BATCH:
         raise InputError(f"num_live must be at least {2 * BATCH}, got {engine.num_live}")
-    if engine.num_steps is not None and engine.num_steps < 1:
-        raise InputError(f"num_steps must be at least 1, got {engine.num_steps}")
+    check_counts(engine, "num_steps")
     if not 0 < engine.tolerance < 10:
         raise InputError(f"tolerance must lie between 0 and 10, got {engine.tolerance}")
 
@@ -370,7 +370,7 @@ def account(run: Run) -> Account:
     log_likelihood = log_likelihood.astype(np.float64)
     alive = np.concatenate([num_live - np.arange(run.size) % size, np.arange(num_live, 0, -1)])
     # The largest of n uniform volumes is distributed as Beta(n, 1): its log is an exponential over n.
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(run.key)).ravel())
+    rng = host_generator(run.key)
     shrinkage = np.concatenate([np.ones((1, len(alive))), rng.exponential(size=(_SIMULATIONS, len(alive)))]) / alive
     log_volume = -np.cumsum(shrinkage, axis=1)
     # Trapezoids: a point stands for the volume between the middles of the shells on its two sides.

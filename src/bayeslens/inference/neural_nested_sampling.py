@@ -16,6 +16,7 @@ from bayeslens.core.engine import Engine
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 from bayeslens.core.progress import ProgressBar
+from bayeslens.core.randomness import host_generator
 from bayeslens.inference.nested_sampling import Run, begin, check_settings, finish
 from bayeslens.inference.prior_population import until_interrupted
 
@@ -198,7 +199,7 @@ class Breeding(NamedTuple):
         lowest = min(live_values.min(), dead_values.min())
         if not np.isfinite(lowest) or np.median(live_values) == live_values.max():
             return None, self._replace(key=key)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(breeding)).ravel())
+        rng = host_generator(breeding)
         genes = random_genes(rng) if self.genes is None else self.genes
         for generation in range(_FIRST_GENERATIONS if self.genes is None else 1):
             used = jax.random.fold_in(breeding, generation)
@@ -261,7 +262,7 @@ def fit(
     Returns:
         The networks, and the mean shares of the live points by which each misplaces one.
     """
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    rng = host_generator(key)
     order = rng.permutation(len(points))
     held, kept = np.split(order, [max(1, round(_HELD_OUT * len(points)))])
     top, dtype = log_likelihood.max(), points.dtype

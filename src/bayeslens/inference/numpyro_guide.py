@@ -12,16 +12,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine
+from bayeslens.core.engine import Engine, check_counts
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
+from bayeslens.core.randomness import fast_key
 from bayeslens.core.training import train
 from bayeslens.inference.variational import (
     BATCH,
     CHECK_EVERY,
     PATIENCE,
     adam_until_plateau,
-    check_settings,
     posterior_of_ratios,
 )
 
@@ -47,7 +47,7 @@ class NumPyroGuide(Engine):
     learning_rate: float = 0.02
 
     def __check_init__(self):
-        check_settings(self, "num_samples", "num_steps")
+        check_counts(self, "num_samples", "num_steps")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
         from numpyro.infer.autoguide import AutoGuide
@@ -58,8 +58,7 @@ class NumPyroGuide(Engine):
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("variational inference")
-        numbers = np.asarray(jax.random.key_data(key)).ravel()
-        fast = jax.random.key(int(numbers[-1]), impl="rbg")  # quick to compile
+        fast = fast_key(key)
         svi = _Svi(self.guide, conditioned)
         trained, history = train(
             _svi_loss, _SviProblem(svi.parameters, svi, jax.tree.map(np.asarray, conditioned)), None, key=fast,

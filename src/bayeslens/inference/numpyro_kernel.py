@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 from bayeslens.inference.diagnostics import doubts_of_chains
@@ -36,9 +36,7 @@ class NumPyroKernel(Engine):
     num_samples: int = 1000
 
     def __check_init__(self):
-        for name in ("num_chains", "num_warmup", "num_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "num_chains", "num_warmup", "num_samples")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         kernel = self.kernel(conditioned.model) if isinstance(self.kernel, type) else self.kernel
@@ -78,9 +76,7 @@ class Gibbs(Engine):
     num_samples: int = 1000
 
     def __check_init__(self):
-        for name in ("num_chains", "num_warmup", "num_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "num_chains", "num_warmup", "num_samples")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         from numpyro.infer import NUTS, DiscreteHMCGibbs

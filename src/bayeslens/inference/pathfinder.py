@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
+from bayeslens.core.randomness import host_generator
 from bayeslens.inference.diagnostics import doubts_of_weights, pareto_smoothed
 
 _HISTORY = 6  # pairs of steps and gradients that the inverse Hessian is made of, as in the paper
@@ -284,7 +285,7 @@ def standard_normal(key: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
     >>> standard_normal(jax.random.key(0), (3, 2)).shape
     (3, 2)
     """
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    rng = host_generator(key)
     return jnp.asarray(rng.standard_normal(shape), float)
 
 
@@ -323,7 +324,7 @@ def pathfinder_starts(
     # A flat floor keeps far worse modes out and does not take all from a single lucky draw.
     weights = np.exp(np.minimum(ratios, np.quantile(ratios, 0.9)) - ratios.max())
     weights = np.maximum(weights / weights.sum(), 1e-12) * np.isfinite(ratios)
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    rng = host_generator(key)
     taken = rng.choice(len(draws), count, replace=bool((weights > 0).sum() < count), p=weights / weights.sum())
     best = jax.tree.map(lambda a: a[int(np.argmax(chosen.bound))], chosen.normal)
     return jnp.asarray(draws[taken]), best.variances
@@ -350,9 +351,7 @@ class Pathfinder(Engine):
     num_samples: int = 4000
 
     def __check_init__(self):
-        for name in ("num_paths", "num_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "num_paths", "num_samples")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("Pathfinder")
@@ -367,7 +366,7 @@ class Pathfinder(Engine):
         ratios = np.asarray(ratios, np.float64)
         smoothed = pareto_smoothed(ratios)
         weights = np.exp(smoothed - smoothed.max())
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(keys[2])).ravel())
+        rng = host_generator(keys[2])
         taken = rng.choice(len(weights), self.num_samples, p=weights / weights.sum())
         k_hat, doubts = doubts_of_weights(ratios)
         posterior = posterior_of(

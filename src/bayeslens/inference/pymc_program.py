@@ -7,10 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bayeslens.core.conditioned_model import PRIOR_FACTOR
 from bayeslens.core.errors import InputError
-
-# Factors of this name count as prior density in a `ConditionedModel`, others as likelihood.
-_PRIOR = "_log_det_of_pymc_prior"
 
 
 def is_pymc(model: Any) -> bool:
@@ -66,7 +64,7 @@ class PyMCProgram:
             for name, shape in self.shapes.items()
         ]
         prior, *rest = (jnp.asarray(v, float) for v in self.function(*values))
-        numpyro.factor(_PRIOR, prior)
+        numpyro.factor(f"{PRIOR_FACTOR}pymc", prior)
         for name, value in zip((*self.observed, *self.named), rest, strict=True):
             if name in self.observed:
                 numpyro.factor(name, value)
@@ -88,3 +86,8 @@ def pymc_program(model: Any) -> Callable[[], None]:
         InputError: PyMC is not installed; discrete free variables; no free or no observed variable.
     """
     return PyMCProgram(model)
+
+
+def as_program(model: Any) -> Callable:
+    """A model as a NumPyro program, which it already is unless it is a PyMC model."""
+    return pymc_program(model) if is_pymc(model) else model

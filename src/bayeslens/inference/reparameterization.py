@@ -76,13 +76,19 @@ def reparameterize(model: Callable, data: dict[str, Any], *, key: Any) -> Callab
     >>> bool(changed.weights["level"] < 0.01)  # the data say nothing: non-centred
     True
     """
-    conditioned = conditioned_model(model, data)
+    return reparameterized(conditioned_model(model, data), key=key).model
+
+
+def reparameterized(conditioned: ConditionedModel, *, key: Any) -> ConditionedModel:
+    """What `reparameterize` does, for a program that has its data; the same object where there is nothing to do."""
     names = hierarchical_sites(conditioned)
     if not names:
-        return model
+        return conditioned
+    model, data = conditioned.model, conditioned.given
     apart = conditioned_model(Reparameterized(model, dict.fromkeys(names, 0.0)), data)
     vectors, _ = pathfinder_starts(apart, key, _LOOKS)
-    return Reparameterized(model, {n: np.asarray(v) for n, v in _weights(conditioned, apart, vectors, names).items()})
+    weights = {n: np.asarray(v) for n, v in _weights(conditioned, apart, vectors, names).items()}
+    return conditioned_model(Reparameterized(model, weights), data)
 
 
 class Reparameterized:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.core.conditioned_model import ConditionedModel, site_log_prob
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 from bayeslens.core.progress import ProgressBar
@@ -265,9 +265,7 @@ class SGHMC(Engine):
 
 
 def _check_settings(engine: Any) -> None:
-    for name in ("num_chains", "num_warmup", "num_samples", "thinning"):
-        if getattr(engine, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(engine, name)}")
+    check_counts(engine, "num_chains", "num_warmup", "num_samples", "thinning")
     if not 0 < engine.step_size < 1:
         raise InputError(f"step_size must lie between 0 and 1 standard deviations, got {engine.step_size}")
 

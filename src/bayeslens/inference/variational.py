@@ -16,11 +16,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.core.conditioned_model import ConditionedModel
-from bayeslens.core.engine import Engine, posterior_of
+from bayeslens.core.engine import Engine, check_counts, posterior_of
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
+from bayeslens.core.randomness import fast_key
 from bayeslens.core.training import train
-from bayeslens.inference.diagnostics import K_HAT_LIMIT, doubts_of_weights, pareto_k, pareto_smoothed
+from bayeslens.inference.diagnostics import (
+    K_HAT_LIMIT,
+    doubts_of_weights,
+    importance_evidence,
+    pareto_k,
+    pareto_smoothed,
+)
 from bayeslens.inference.laplace import Whitening, whitening
 from bayeslens.inference.pathfinder import standard_normal
 
@@ -237,7 +244,7 @@ def _fit(
     """Train a guide by the exclusive divergence, and where tails are missed and `mend`, by the inclusive one after."""
     conditioned = jax.tree.map(np.asarray, conditioned)  # NumPy arrays are not trained
     noise = standard_normal(jax.random.fold_in(key, 1), (num_samples, conditioned.dimension))
-    fast = jax.random.key(int(np.asarray(jax.random.key_data(key)).ravel()[-1]), impl="rbg")  # quick to compile
+    fast = fast_key(key)
     best = None
     for stage, covering in enumerate((0.0, _MASS_COVERING) if mend else (0.0,)):
         problem = _Problem(guide if best is None else best.guide, conditioned, np.asarray(covering, noise.dtype))
@@ -252,12 +259,6 @@ def _fit(
         if found.interrupted or best.k_hat < _GOOD_K_HAT:
             break
     return best
-
-
-def check_settings(engine: Engine, *names: str) -> None:
-    for name in names:
-        if getattr(engine, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(engine, name)}")
 
 
 def posterior_of_ratios(
@@ -279,10 +280,8 @@ def posterior_of_ratios(
     found = {"log_evidence_bound": float(np.mean(ratios)) if np.isfinite(ratios).all() else -np.inf}
     if weigh and k_hat <= K_HAT_LIMIT:
         smoothed = pareto_smoothed(ratios)
-        weights = np.exp(smoothed - smoothed.max())
-        error = weights.std() / weights.mean() / np.sqrt(len(weights))
-        log_evidence = float(smoothed.max() + np.log(weights.mean()))
-        found |= {"log_weights": smoothed[None], "log_evidence": log_evidence, "log_evidence_error": float(error)}
+        log_evidence, error = importance_evidence(smoothed)
+        found |= {"log_weights": smoothed[None], "log_evidence": log_evidence, "log_evidence_error": error}
     posterior = posterior_of(engine, conditioned, draws, key=key, k_hat=k_hat, **found)
     early = ("training was interrupted: the approximation is the best so far",) if interrupted else ()
     return posterior.doubted((*early, *doubts))
@@ -332,7 +331,7 @@ class MeanField(Engine):
     num_steps: int = 5000
 
     def __check_init__(self):
-        check_settings(self, "num_samples", "num_steps")
+        check_counts(self, "num_samples", "num_steps")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("mean-field inference")
@@ -356,7 +355,7 @@ class FullRank(Engine):
     num_steps: int = 5000
 
     def __check_init__(self):
-        check_settings(self, "num_samples", "num_steps")
+        check_counts(self, "num_samples", "num_steps")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("full-rank inference")
@@ -390,7 +389,7 @@ class Flow(Engine):
     width: int = 32
 
     def __check_init__(self):
-        check_settings(self, "num_samples", "num_steps", "num_layers", "width")
+        check_counts(self, "num_samples", "num_steps", "num_layers", "width")
 
     def __call__(self, conditioned: ConditionedModel, *, key: Any) -> Posterior:
         conditioned.check_continuous("a normalizing flow")

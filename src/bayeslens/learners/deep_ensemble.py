@@ -15,6 +15,7 @@ from numpyro.distributions import Distribution
 from bayeslens.core.distribution import bucket, pad_rows
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
+from bayeslens.core.randomness import host_generator
 from bayeslens.core.table import Table, Target, take
 from bayeslens.learners.linear import check_weights
 
@@ -76,7 +77,7 @@ class DeepEnsemble(Learner):
         features = table.dense(X)
         num_classes = None if target.classes is None else len(target.classes)
         values, location, scale, head = _standardize(target.values, weights, num_classes)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        rng = host_generator(key)
         rows = _Rows(
             x=pad_rows(_pad_columns(features), size),
             y=pad_rows(values, size),

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bayeslens.core.errors import InputError
+from bayeslens.core.randomness import host_generator
 
 if TYPE_CHECKING:
     from numpyro.distributions import MultivariateNormal
@@ -59,7 +60,7 @@ def hypothetical_subjects(
     from scipy.special import ndtri
     from scipy.stats import qmc
 
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    rng = host_generator(key)
     half = num_hypothetical // 2
     points = qmc.Sobol(num_effects, rng=rng).random_base2(int(np.ceil(np.log2(half))))[:half]
     # A point may be the corner of the cube, whose quantile is infinite.
