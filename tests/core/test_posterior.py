@@ -48,6 +48,16 @@ def test_pushed_functions_act_on_one_draw():
     assert pushed["two"].shape == (4, 250, 2) and pushed.log_evidence == -3.0
 
 
+def test_pushing_through_several_beliefs():
+    """Particles of the other count by their weights: the mean is 2 * 0.75, by 1,000 draws within 5 sd of 0.061."""
+    other = Posterior({"b": np.array([[0.0, 1.0]])}, log_weights=np.log([[0.25, 0.75]]))
+    pushed = Posterior(DRAWS).push(lambda s, o, c: {"mu": s["mu"], "b": c * o["b"]}, other, 2.0, key=KEY)
+    np.testing.assert_allclose(pushed["mu"], DRAWS["mu"], rtol=1e-6)
+    assert abs(np.mean(pushed["b"]) - 1.5) < 5 * 2 * np.sqrt(0.75 * 0.25 / 1000)
+    with pytest.raises(InputError, match="give a key"):
+        Posterior(DRAWS).push(lambda s, o: s["mu"] + o["b"], other)
+
+
 def test_pushing_keeps_how_it_was_made():
     made = {"engine": "nuts", "settings": {"num_chains": 4}, "warnings": ("careful",), "versions": {"jax": "1"}}
     pushed = Posterior(DRAWS, statistics={"diverging": DRAWS["mu"] > 2}, model=model, **made).push(lambda s: -s["mu"])

@@ -181,20 +181,43 @@ class Posterior(eqx.Module):
         """The same with more sentences on why it should not be trusted."""
         return dataclasses.replace(self, warnings=(*self.warnings, *warnings))
 
-    def push(self, function: Callable[[dict[str, Array]], Any], name: str = "value") -> Posterior:
+    def push(self, function: Callable[..., Any], *others: Any, name: str = "value", key: Any = None) -> Posterior:
         """The posterior of a function of the sites, draw by draw.
 
         How the draws were made is kept. Densities are not, and neither is the model, whose sites are not these.
 
         Args:
-            function: of one draw, a dict by site; it returns an array, or a dict of arrays.
+            function: of one draw, a dict by site, and of one value of each of `others`; it returns an array, or a dict
+                of arrays.
+            others: further arguments of the function: posteriors that are independent of this one, of which it gets one
+                draw each, as a dict by site; anything else is given as it is.
             name: site of the result when it is an array.
+            key: a `jax.random.key`, which other posteriors need: their draws are taken with replacement.
 
-        >>> doubled = Posterior({"mu": np.ones((2, 3))}).push(lambda s: 2 * s["mu"], "twice")
+        Raises:
+            InputError: other posteriors without a key.
+
+        >>> doubled = Posterior({"mu": np.ones((2, 3))}).push(lambda s: 2 * s["mu"], name="twice")
         >>> doubled["twice"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
+        >>> speed, time = Posterior({"v": np.full((1, 3), 4.0)}), Posterior({"t": np.full((1, 5), 2.0)})
+        >>> speed.push(lambda s, t, unit: s["v"] * t["t"] * unit, time, 0.5, key=jax.random.key(0))["value"].tolist()
+        [[4.0, 4.0, 4.0]]
         """
-        pushed = jax.vmap(jax.vmap(function))({n: jnp.asarray(self[n]) for n in self.names})
+        if key is None and any(isinstance(o, Posterior) for o in others):
+            raise InputError("other posteriors are drawn from: give a key, such as jax.random.key(0)")
+        own = {n: jnp.asarray(self[n]) for n in self.names}
+        shape = next(iter(own.values())).shape[:2]
+        drawn = {
+            i: other.sample(jax.random.fold_in(key, i), shape)
+            for i, other in enumerate(others)
+            if isinstance(other, Posterior)
+        }
+
+        def apply(sites: dict[str, Array], drawn: dict[int, dict[str, Array]]) -> Any:
+            return function(sites, *(drawn.get(i, other) for i, other in enumerate(others)))
+
+        pushed = jax.vmap(jax.vmap(apply))(own, drawn)
         pushed = pushed if isinstance(pushed, dict) else {name: pushed}
         return dataclasses.replace(self, draws=pushed, model=None, density=None, marginals=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.engine import Engine
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
-from bayeslens.inference.pymc_program import is_pymc, pymc_program
-from bayeslens.inference.reparameterization import reparameterize
+from bayeslens.inference.gaussian_block import collapsed, draw_block
+from bayeslens.inference.pymc_program import as_program
+from bayeslens.inference.reparameterization import reparameterized
 
 # name -> module and class; loaded when asked for
 ENGINES = {
@@ -104,8 +106,9 @@ def infer(
     >>> bool(abs(posterior["mu"].mean() - 0.5) < 0.3)
     True
     """
-    program = pymc_program(model) if is_pymc(model) else model
-    conditioned, plan = conditioned_model(program, data if data is not None else {}), None
+    program = as_program(model)
+    conditioned, plan, block = conditioned_model(program, data if data is not None else {}), None, None
+    whole = conditioned
     if isinstance(engine, str) and engine == "auto":
         from bayeslens.inference.planning import plan_for
 
@@ -114,8 +117,9 @@ def infer(
             print(plan, file=sys.stderr)
         engine = plan.engine
         if engine == "nuts":
-            run = reparameterize(program, conditioned.given, key=jax.random.fold_in(key, 2))
-            conditioned = conditioned_model(run, conditioned.given) if run is not program else conditioned
+            if any(site.treatment == "solved exactly" for site in plan.sites):
+                conditioned, block = collapsed(conditioned)
+            conditioned = reparameterized(conditioned, key=jax.random.fold_in(key, 2))
     if isinstance(engine, str):
         engine = engine_named(engine, **settings)
     elif settings:
@@ -124,6 +128,9 @@ def infer(
     # What is sampled in place of a site of the model is not shown.
     hidden = getattr(conditioned.model, "hidden", ())
     draws = {n: v for n, v in posterior.draws.items() if n not in hidden}
+    if block is not None:
+        rest = {s.name: draws[s.name] for s in whole.latents if s.name in draws}
+        draws = rest | _for_each(functools.partial(draw_block, whole, block), rest, jax.random.fold_in(key, 4))
     return dataclasses.replace(posterior, draws=draws, plan=plan, model=program)
 
 
@@ -174,16 +181,23 @@ def _run(engine: Engine, conditioned: ConditionedModel, key: Any) -> Posterior:
 
     summed = conditioned_model(marginalize(conditioned.model), conditioned.given)
     posterior = engine(summed, key=jax.random.fold_in(key, 0))
-    values = {s.name: jnp.asarray(posterior.draws[s.name]) for s in conditioned.continuous}
-    shape = np.shape(next(iter(values.values())))[:2]
-    flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in values.items()}
-    drawn = _draw_discrete(conditioned, flat, jax.random.split(jax.random.fold_in(key, 1), shape[0] * shape[1]))
+    values = {s.name: posterior.draws[s.name] for s in conditioned.continuous}
+    drawn = _for_each(functools.partial(_draw_discrete, conditioned), values, jax.random.fold_in(key, 1))
     return dataclasses.replace(
         posterior,
-        draws=posterior.draws | {n: np.asarray(v).reshape(*shape, *v.shape[1:]) for n, v in drawn.items()},
+        draws=posterior.draws | drawn,
         settings=posterior.settings | {"key": np.asarray(jax.random.key_data(key)).tolist()},
         model=conditioned.model,
     )
+
+
+def _for_each(function: Callable, values: dict[str, Any], key: Any) -> dict[str, np.ndarray]:
+    """What a function of draws along one axis, and of as many keys, gives for all draws of all chains."""
+    values = {n: jnp.asarray(v) for n, v in values.items()}
+    shape = np.shape(next(iter(values.values())))[:2]
+    flat = {n: v.reshape(-1, *v.shape[2:]) for n, v in values.items()}
+    drawn = function(flat, jax.random.split(key, shape[0] * shape[1]))
+    return {n: np.asarray(v).reshape(*shape, *v.shape[1:]) for n, v in drawn.items()}
 
 
 _DRAWS_AT_ONCE = 500  # of discrete sites: long chains take memory

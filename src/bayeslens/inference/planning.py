@@ -9,7 +9,8 @@ from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.errors import InputError
 from bayeslens.core.plan import Plan, PlannedSite
 from bayeslens.inference.exact import solve_exactly
-from bayeslens.inference.pymc_program import is_pymc, pymc_program
+from bayeslens.inference.gaussian_block import collapsed
+from bayeslens.inference.pymc_program import as_program
 from bayeslens.inference.reparameterization import hierarchical_sites
 
 _SAMPLED_BY = "nuts"
@@ -20,9 +21,10 @@ def plan(model: Callable, data: dict[str, Any] | None = None) -> Plan:
     """What `infer(model, data, engine="auto")` will do with each site, and why.
 
     Finite latents alone are enumerated; conjugate and affine-Gaussian models are solved exactly; finite latents
-    beside continuous ones are summed out; the rest is sampled by NUTS, latents whose location or scale is a latent as
-    far from their parents as the data ask for. Models that call plain Python go to sequential
-    Monte Carlo, those with subsampled plates to stochastic gradient Hamiltonian Monte Carlo.
+    beside continuous ones are summed out; effects that are Gaussian given their scales are integrated out; the rest is
+    sampled by NUTS, latents whose location or scale is a latent as far from their parents as the data ask for. Models
+    that call plain Python go to sequential Monte Carlo, those with subsampled plates to stochastic gradient Hamiltonian
+    Monte Carlo.
 
     Args:
         model: a NumPyro program, or a `pymc.Model`.
@@ -42,8 +44,7 @@ def plan(model: Callable, data: dict[str, Any] | None = None) -> Plan:
     mu     scalar  sampled    nuts  HalfNormal scale has no conjugate form
     scale  scalar  sampled    nuts  HalfNormal scale has no conjugate form
     """
-    program = pymc_program(model) if is_pymc(model) else model
-    return plan_for(conditioned_model(program, data if data is not None else {}))
+    return plan_for(conditioned_model(as_program(model), data if data is not None else {}))
 
 
 def plan_for(conditioned: ConditionedModel, settings: Iterable[str] = ()) -> Plan:
@@ -80,9 +81,18 @@ def plan_for(conditioned: ConditionedModel, settings: Iterable[str] = ()) -> Pla
         return _all(conditioned, "exact", "solved exactly", why)
     if solution is not None:
         why = f"the settings {', '.join(sorted(settings))} ask for it; engine exact would solve it"
-    apart = hierarchical_sites(conditioned)
+    left, gaussian, apart = conditioned, (), hierarchical_sites(conditioned)
+    if apart:  # effects and their scale make funnels; coefficients alone are sampled well, without a Hessian
+        left, block = collapsed(conditioned)
+        if block is not None and set(block.structure.names) & set(apart):
+            gaussian, apart = block.structure.names, hierarchical_sites(left)
+        else:
+            left = conditioned
+    given = ", ".join(s.name for s in left.latents)
     sites = tuple(
-        PlannedSite(s.name, s.shape, "sampled", _SAMPLED_BY, _APART if s.name in apart else why)
+        PlannedSite(s.name, s.shape, "solved exactly", "exact", f"Gaussian given {given}: integrated out, then drawn")
+        if s.name in gaussian
+        else PlannedSite(s.name, s.shape, "sampled", _SAMPLED_BY, _APART if s.name in apart else why)
         for s in conditioned.latents
     )
     return Plan(_SAMPLED_BY, sites)
