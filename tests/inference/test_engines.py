@@ -18,6 +18,7 @@ CASES = {
     "nuts": ({"num_samples": 500}, 0.0),
     "hmc": ({"num_samples": 500}, 0.0),
     "smc": ({"num_particles": 128}, 0.0),
+    "tempering": ({"num_samples": 500}, 0.0),
     "nested": ({"num_live": 200}, 0.0),
     "neural_nested": ({"num_live": 200}, 0.0),
     "laplace": ({}, 0.6),
@@ -82,7 +83,7 @@ def test_an_engine(name, tmp_path):
         error = abs(np.average(np.asarray(found[site], float), weights=weights) - means[i]) / deviations[i]
         # Five standard errors of 22 means: false alarms below 1e-4.
         assert error < allowed + 5 / np.sqrt(effective)
-    if name in ("smc", "nested", "neural_nested", "flow"):
+    if name in ("smc", "nested", "neural_nested", "flow", "tempering"):
         assert abs(found.log_evidence - evidence) < 5 * found.log_evidence_error < 1.5
     if found.log_evidence_bound is not None and name != "implicit":
         assert found.log_evidence_bound < evidence + 0.05

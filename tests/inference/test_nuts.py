@@ -75,7 +75,7 @@ def test_summary_push_predict_and_sample(posterior):
     table = posterior.summary()
     assert list(table.index) == ["mu"]
     assert table.loc["mu", "r_hat"] < 1.02 and table.loc["mu", "ess_bulk"] > 400
-    squared = posterior.push(lambda s: s["mu"] ** 2, "square")
+    squared = posterior.push(lambda s: s["mu"] ** 2, name="square")
     np.testing.assert_allclose(squared["square"], np.asarray(posterior["mu"]) ** 2, rtol=1e-6)
     predicted = posterior.predict({"y": None}, key=KEY)["y"]
     assert predicted.shape == (4000, 10)

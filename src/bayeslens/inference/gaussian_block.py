@@ -197,8 +197,8 @@ def _expansion(density: Callable, point: Array) -> tuple[Array, Array, Array]:
     return value, slope, -jax.hessian(density)(point)
 
 
-class Collapsed:
-    """A program with its Gaussian block integrated out: see `collapse`."""
+class IntegratedOut:
+    """A program with its Gaussian block integrated out: see `integrate_out`."""
 
     def __init__(self, model: Callable, block: GaussianBlock):
         functools.update_wrapper(self, model)
@@ -270,7 +270,7 @@ def conditional(
     return value - 0.5 * center @ center + 0.5 * whitened @ whitened - log_det, mean, factor
 
 
-def collapse(model: Callable, data: dict[str, Any]) -> Callable:
+def integrate_out(model: Callable, data: dict[str, Any]) -> Callable:
     """The program with the latents that are Gaussian given the others integrated out; itself where there are none.
 
     Deterministic sites are left out, since they may depend on the block.
@@ -285,20 +285,20 @@ def collapse(model: Callable, data: dict[str, Any]) -> Callable:
     ...     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
     ...     level = numpyro.sample("level", dist.Normal(0.0, scale))
     ...     numpyro.sample("y", dist.Normal(level, 1.0), obs=y)
-    >>> found, _ = log_density(collapse(model, {"y": 1.0}), (1.0,), {}, {"scale": 2.0})
+    >>> found, _ = log_density(integrate_out(model, {"y": 1.0}), (1.0,), {}, {"scale": 2.0})
     >>> exact = dist.HalfNormal(1.0).log_prob(2.0) + dist.Normal(0.0, 5.0**0.5).log_prob(1.0)
     >>> round(float(found - exact), 5)
     0.0
     """
-    return collapsed(conditioned_model(model, data))[0].model
+    return integrated_out(conditioned_model(model, data))[0].model
 
 
-def collapsed(conditioned: ConditionedModel) -> tuple[ConditionedModel, GaussianBlock | None]:
-    """What `collapse` does, for a program that has its data, and the block; the same object where there is none."""
+def integrated_out(conditioned: ConditionedModel) -> tuple[ConditionedModel, GaussianBlock | None]:
+    """What `integrate_out` does for a program that has its data, and the block; the same object without one."""
     block = gaussian_block(conditioned)
     if block is None:
         return conditioned, None
-    return conditioned_model(Collapsed(conditioned.model, block), conditioned.given), block
+    return conditioned_model(IntegratedOut(conditioned.model, block), conditioned.given), block
 
 
 @eqx.filter_jit

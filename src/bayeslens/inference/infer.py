@@ -19,7 +19,7 @@ from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.engine import Engine
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
-from bayeslens.inference.gaussian_block import collapsed, draw_block
+from bayeslens.inference.gaussian_block import draw_block, integrated_out
 from bayeslens.inference.pymc_program import as_program
 from bayeslens.inference.reparameterization import reparameterized
 
@@ -41,6 +41,7 @@ ENGINES = {
     "sghmc": ("stochastic_gradient", "SGHMC"),
     "sgld": ("stochastic_gradient", "SGLD"),
     "smc": ("sequential_monte_carlo", "SMC"),
+    "tempering": ("parallel_tempering", "ParallelTempering"),
 }
 
 
@@ -118,7 +119,7 @@ def infer(
         engine = plan.engine
         if engine == "nuts":
             if any(site.treatment == "solved exactly" for site in plan.sites):
-                conditioned, block = collapsed(conditioned)
+                conditioned, block = integrated_out(conditioned)
             conditioned = reparameterized(conditioned, key=jax.random.fold_in(key, 2))
     if isinstance(engine, str):
         engine = engine_named(engine, **settings)

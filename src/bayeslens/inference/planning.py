@@ -9,7 +9,7 @@ from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.errors import InputError
 from bayeslens.core.plan import Plan, PlannedSite
 from bayeslens.inference.exact import solve_exactly
-from bayeslens.inference.gaussian_block import collapsed
+from bayeslens.inference.gaussian_block import integrated_out
 from bayeslens.inference.pymc_program import as_program
 from bayeslens.inference.reparameterization import hierarchical_sites
 
@@ -83,7 +83,7 @@ def plan_for(conditioned: ConditionedModel, settings: Iterable[str] = ()) -> Pla
         why = f"the settings {', '.join(sorted(settings))} ask for it; engine exact would solve it"
     left, gaussian, apart = conditioned, (), hierarchical_sites(conditioned)
     if apart:  # effects and their scale make funnels; coefficients alone are sampled well, without a Hessian
-        left, block = collapsed(conditioned)
+        left, block = integrated_out(conditioned)
         if block is not None and set(block.structure.names) & set(apart):
             gaussian, apart = block.structure.names, hierarchical_sites(left)
         else:
