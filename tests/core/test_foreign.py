@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import numpyro.distributions as dist
 import pytest
@@ -11,6 +12,7 @@ from sklearn.linear_model import BayesianRidge, LinearRegression, LogisticRegres
 from bayeslens.core.errors import InputError
 from bayeslens.core.foreign import as_predictive
 from bayeslens.core.quantile import cdf, quantile
+from bayeslens.core.saving import load, save
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 2))
@@ -44,10 +46,32 @@ def test_probabilities():
 
 def test_quantiles():
     levels = np.array([0.1, 0.5, 0.9])
-    values = np.array([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0], [3.0, 1.0, 2.0]])  # tied, and crossing
+    values = np.array([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0], [1.0, 2.0, 2.0 - 1e-7]])  # tied, and crossing by rounding
     d = as_predictive(values, quantile_levels=levels)(None)
     np.testing.assert_allclose(quantile(d, levels), np.sort(values, 1), atol=1e-4)
-    np.testing.assert_allclose(cdf(d, np.array([1.0, 6.0, 2.0])), [0.5, 1.0, 0.5], atol=1e-4)
+    np.testing.assert_allclose(cdf(d, np.array([1.0, 6.0, 1.5])), [0.5, 1.0, 0.3], atol=1e-4)
+
+
+def test_samples():
+    draws = RNG.normal(size=(11, 3))
+    predictive = as_predictive(draws, samples=True)
+    d = predictive(None)
+    assert d.batch_shape == (3,) and predictive.classes is None and predictive.task == "regression"
+    np.testing.assert_allclose(d.mean, draws.mean(0))
+    np.testing.assert_allclose(d.variance, draws.var(0, ddof=1))
+    levels = np.array([0.05, 1 / 11, 0.5, 10 / 11, 0.99])
+    np.testing.assert_array_equal(quantile(d, levels), np.quantile(draws, levels, axis=0, method="inverted_cdf").T)
+    y = np.array([0.0, draws[4, 1], 9.0])
+    np.testing.assert_allclose(cdf(d, y), (draws <= y).mean(0))
+    assert np.isin(np.asarray(d.sample(jax.random.key(0), (5,)))[:, 0], draws[:, 0].astype(np.float32)).all()
+    with pytest.raises(InputError, match="no density"):
+        d.log_prob(y)
+
+
+def test_samples_are_saved(tmp_path):
+    predictive = as_predictive(RNG.normal(size=(4, 3)), samples=True)
+    save(predictive, tmp_path / "draws.bayes")
+    np.testing.assert_array_equal(load(tmp_path / "draws.bayes")(None).values, predictive(None).values)
 
 
 def test_distributions():
@@ -60,15 +84,25 @@ def test_distributions():
     assert joint.batch_shape == () and joint.event_shape == (3,)
 
 
+LEVELS = {"quantile_levels": [0.1, 0.5, 0.9]}
+
+
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "message", "arguments"),
     [
-        (LinearRegression(), "without uncertainty"),
-        (np.array([0.2, 0.8]), "shape"),
-        (np.array([[0.2, 0.9]]), "sum to 1"),
-        (np.array([[-0.2, 1.2]]), "sum to 1"),
+        (LinearRegression(), "without uncertainty", {}),
+        (np.array([0.2, 0.8]), "shape", {}),
+        (np.array([[0.5, 0.5], [0.2, 0.9]]), r"row 1 \(0.2, 0.9\) .*sum to 1", {}),
+        (np.array([[-0.2, 1.2]]), "row 0 .*at least 0", {}),
+        (np.array([[0.5, 0.5], [np.nan, 1.0]]), "row 1 .*not finite", {}),
+        (np.array([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]), r"row 1 \(3, 1, 2\) has quantiles that cross", LEVELS),
+        (np.zeros((2, 2)), "3 columns|2 increasing", LEVELS),
+        (np.zeros((2, 3)), "increasing probabilities", {"quantile_levels": [0.5, 0.1, 0.9]}),
+        (np.zeros((1, 3)), "at least two draws", {"samples": True}),
+        (np.array([[0.0, 1.0], [0.0, np.inf]]), "row 1 .*not finite", {"samples": True}),
+        (np.zeros((2, 3)), "not both", {"samples": True} | LEVELS),
     ],
 )
-def test_refused(source, message):
+def test_refused(source, message, arguments):
     with pytest.raises(InputError, match=message):
-        as_predictive(source)
+        as_predictive(source, **arguments)

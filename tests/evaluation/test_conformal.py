@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats as st
@@ -12,8 +14,11 @@ from bayeslens.evaluation.conformal import (
     conformal_threshold,
     cqr_scores,
     highest_probability_sets,
+    least_calibration_rows,
+    mondrian_thresholds,
     prediction_sets,
     split_conformal,
+    weighted_thresholds,
 )
 
 ROWS, NEW, COVERAGE = 99, 200, 0.9
@@ -121,3 +126,70 @@ def test_coverage_outside_is_refused(coverage):
 def test_no_scores_are_refused():
     with pytest.raises(InputError, match="at least one row"):
         conformal_threshold([], 0.9)
+
+
+@pytest.mark.parametrize("coverage", [0.3, 0.5, 0.75, 0.8])
+def test_coverage_of_exchangeable_ranks_is_exact(coverage):
+    """Of all orders of five scores, the last is within the threshold of the others in just this share."""
+    orders = list(itertools.permutations(np.arange(5.0)))
+    covered = np.mean([last <= conformal_threshold(rest, coverage) for *rest, last in orders])
+    assert covered == pytest.approx(min(np.ceil(5 * coverage - 1e-9) / 5, 1.0))
+
+
+def test_weighted_coverage_is_exact():
+    """Weighted exchangeability: given the points, each is the new one in proportion to its weight."""
+    rng = np.random.default_rng(0)
+    for coverage in (0.5, 0.8):
+        for _ in range(50):
+            scores, weights = rng.normal(size=7), rng.exponential(size=7)
+            hit = []
+            for j in range(7):
+                rest = np.arange(7) != j
+                hit.append(
+                    scores[j] <= weighted_thresholds(scores[rest], weights[rest], weights[j : j + 1], coverage)[0]
+                )
+            share = (weights * hit).sum() / weights.sum()
+            assert coverage - 1e-12 <= share <= coverage + weights.max() / weights.sum() + 1e-12
+
+
+def test_equal_weights_change_nothing():
+    scores = np.random.default_rng(1).normal(size=40)
+    found = weighted_thresholds(scores, np.full(40, 2.0), np.full(3, 2.0), 0.9)
+    assert (found == conformal_threshold(scores, 0.9)).all()
+
+
+def test_groups_get_thresholds_of_their_own():
+    rng = np.random.default_rng(2)
+    scores, groups = rng.normal(size=60), np.array(["b", "a", "c"])[np.arange(60) % 3]
+    found = mondrian_thresholds(scores, groups, 0.8)
+    assert list(found) == ["a", "b", "c"]
+    assert all(found[g] == conformal_threshold(scores[groups == g], 0.8) for g in found)
+    with pytest.raises(InputError, match=r"at least 9 .* 'few' \(2\)"):
+        mondrian_thresholds(scores, ["few"] * 2 + ["many"] * 58, 0.9)
+    with pytest.raises(InputError, match="row 1 is missing"):
+        mondrian_thresholds(scores[:30], [1.0, np.nan] * 15, 0.5)
+
+
+@pytest.mark.parametrize("coverage", [0.1, 0.5, 0.9, 0.95, 0.99])
+def test_least_rows(coverage):
+    least = least_calibration_rows(coverage)
+    assert np.isfinite(conformal_threshold(np.zeros(least), coverage))
+    assert least == 1 or np.isinf(conformal_threshold(np.zeros(least - 1), coverage))
+
+
+def test_penalized_ranks():
+    probs = np.random.default_rng(3).dirichlet(np.ones(6), 20)
+    plain, penalized = class_scores(probs), class_scores(probs, rank_penalty=0.1, free_ranks=2)
+    rank = (probs[:, None, :] > probs[:, :, None]).sum(2) + 1
+    np.testing.assert_allclose(penalized - plain, 0.1 * np.maximum(rank - 2, 0), atol=1e-12)
+    few = prediction_sets(probs, np.full(20, 0.9), rank_penalty=0.1, free_ranks=2)
+    assert (few <= prediction_sets(probs, 0.9)).all() and few.sum() < prediction_sets(probs, 0.9).sum()
+
+
+def test_missing_scores_and_odd_weights_are_named():
+    with pytest.raises(InputError, match="row 1 is NaN"):
+        conformal_threshold([0.0, np.nan], 0.5)
+    with pytest.raises(InputError, match="weight of row 1 is -1"):
+        weighted_thresholds([0.0, 1.0], [1.0, -1.0], [1.0], 0.5)
+    with pytest.raises(InputError, match="all weights are zero"):
+        weighted_thresholds([0.0, 1.0], [0.0, 0.0], [1.0], 0.5)

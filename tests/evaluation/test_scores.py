@@ -10,6 +10,7 @@ from scipy.integrate import quad
 
 from bayeslens.core.distribution import take_rows
 from bayeslens.core.errors import InputError
+from bayeslens.core.foreign import Empirical
 from bayeslens.core.quantile import cdf, quantile
 from bayeslens.core.transformed import Dequantized
 from bayeslens.evaluation.scores import (
@@ -19,9 +20,14 @@ from bayeslens.evaluation.scores import (
     crps_loss,
     crps_loss_from_quantiles,
     crps_loss_from_samples,
+    dawid_sebastiani_loss,
     interval_loss,
     log_score,
     pit,
+    quantile_loss,
+    ranked_probability_loss,
+    spherical_score,
+    threshold_weighted_crps_loss,
 )
 
 WEIGHTS, LOC, SCALE = np.array([0.3, 0.7]), np.array([-1.0, 2.0]), np.array([0.5, 1.5])
@@ -30,7 +36,7 @@ CLOSED = {
     "normal": (dist.Normal(np.array([1.0]), 2.0), st.norm(1, 2).cdf),
     "lognormal": (dist.LogNormal(np.array([0.2]), 0.7), st.lognorm(0.7, scale=np.exp(0.2)).cdf),
     "laplace": (dist.Laplace(np.array([1.0]), 2.0), st.laplace(1, 2).cdf),
-    "mixture": (MIXTURE, lambda y: WEIGHTS @ st.norm(LOC, SCALE).cdf(y)),
+    "mixture": (MIXTURE, lambda y: st.norm.cdf(np.asarray(y)[..., None], LOC, SCALE) @ WEIGHTS),
 }
 OTHERS = {
     "student": (dist.StudentT(5.0, np.array([1.0]), 2.0), st.t(5, 1, 2).cdf),
@@ -172,3 +178,118 @@ def test_pit_of_truth_is_uniform():
 def test_interval_loss_and_coverage():
     np.testing.assert_allclose(interval_loss([0, 0, 0], [1, 1, 1], [0.5, -1, 3], 0.8), [1, 11, 21])
     assert coverage([0, 0], [1, 1], [0.0, 1.0])[0] == 1.0  # ends belong
+
+
+def test_crps_of_the_empirical_distribution_is_its_integral():
+    draws = np.array([[0.0], [1.0], [1.0], [4.0]])
+    for y in (-2.0, 1.0, 2.5, 6.0):
+        # (F(z) - 1{y <= z})^2 is constant between draws and outcome.
+        edges = np.unique([*draws[:, 0], y])
+        share = (draws[:, 0] <= edges[:-1, None]).mean(1)
+        exact = np.diff(edges) @ (share - (y <= edges[:-1])) ** 2
+        np.testing.assert_allclose(crps_loss_from_samples(draws, np.array([y]), fair=False), exact)
+    np.testing.assert_array_equal(
+        crps_loss(Empirical(draws.T), np.array([2.0])), crps_loss_from_samples(draws, np.array([2.0]))
+    )
+    with pytest.raises(InputError, match="use the CRPS"):
+        log_score(Empirical(draws.T), np.array([0.0]))
+
+
+RANGES = [(-np.inf, np.inf), (2.0, np.inf), (-np.inf, 0.5), (-0.5, 2.0), (6.0, np.inf)]
+
+
+def integral(function, low, high):
+    """By Gauss and Legendre, 5 nodes in each of 400 panels."""
+    nodes, weights = np.polynomial.legendre.leggauss(5)
+    edges = np.linspace(low, high, 401)
+    half = np.diff(edges)[:, None] / 2
+    return (half * weights * function(edges[:-1, None] + half * (1 + nodes))).sum()
+
+
+@pytest.mark.parametrize(("lower", "upper"), RANGES)
+@pytest.mark.parametrize("name", ["normal", "laplace", "mixture", "student"])
+def test_threshold_weighted_crps_is_its_integral(name, lower, upper):
+    """To rounding in closed form; elsewhere to half a hundredth of the scale, which is what 181 levels reach."""
+    distribution, cdf = (CLOSED | OTHERS)[name]
+    for y in (-2.0, 1.3, 7.0):
+        low, high = np.clip([lower, upper], -80, 80)
+        middle = np.clip(y, low, high)
+        exact = integral(lambda z: cdf(z) ** 2, low, middle) + integral(lambda z: (1 - cdf(z)) ** 2, middle, high)
+        got = threshold_weighted_crps_loss(distribution, np.array([y]), lower=lower, upper=upper)[0]
+        np.testing.assert_allclose(got, exact, **({"rtol": 1e-6} if name == "normal" else {"atol": 0.005}))
+
+
+def test_threshold_weighted_crps_of_draws_and_parts():
+    rng = np.random.default_rng(0)
+    draws, y = rng.normal(size=(50, 3)), np.array([-1.0, 0.2, 3.0])
+    clipped = np.clip(draws, 0.0, 1.0)
+    expected = np.abs(clipped - np.clip(y, 0, 1)).mean(0) - np.abs(clipped[:, None] - clipped).sum((0, 1)) / 50 / 49 / 2
+    got = threshold_weighted_crps_loss(Empirical(draws.T), y, lower=0.0, upper=1.0)
+    np.testing.assert_allclose(got, expected)
+    parts = [(-np.inf, 0.0), (0.0, 1.0), (1.0, np.inf)]
+    normal = dist.Normal(np.zeros(3), 1.0)
+    for d in (normal, Empirical(draws.T)):
+        total = sum(threshold_weighted_crps_loss(d, y, lower=a, upper=b) for a, b in parts)
+        np.testing.assert_allclose(total, crps_loss(d, y), atol=1e-12)
+    with pytest.raises(InputError, match="lower must be below upper"):
+        threshold_weighted_crps_loss(normal, y, lower=1.0, upper=0.0)
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_truth_has_the_least_expected_tail_loss(rival):
+    tail = lambda d, y: threshold_weighted_crps_loss(d, y, lower=2.0)  # noqa: E731
+    assert expected(tail, rival) > expected(tail, TRUTH) + 1e-4
+
+
+def test_scoring_only_extreme_outcomes_is_improper():
+    """The forecaster's dilemma (Lerch et al. 2017): among rows whose outcome was extreme, a wrong forecast wins."""
+    extreme = GRID > 3.5
+    alarmist = dist.Normal(np.array([4.0]), 2.0)
+    losses = [crps_loss(take_rows(d, np.zeros(extreme.sum(), int)), GRID[extreme]) for d in (TRUTH, alarmist)]
+    assert DENSITY[extreme] @ losses[1] < DENSITY[extreme] @ losses[0]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda p, k: -spherical_score(p, k), ranked_probability_loss],
+    ids=["spherical", "ranked probability"],
+)
+def test_class_scores_are_strictly_proper(loss):
+    truth = np.array([0.2, 0.5, 0.3])
+    rivals = np.concatenate([np.random.default_rng(0).dirichlet(np.ones(3), 200), truth[None] + [[0.01, -0.01, 0]]])
+    mean_loss = [truth @ loss(np.tile(p, (3, 1)), np.arange(3)) for p in rivals]
+    assert min(mean_loss) > truth @ loss(np.tile(truth, (3, 1)), np.arange(3))
+
+
+def test_ranked_probability_is_the_crps_of_the_codes():
+    probs = np.random.default_rng(0).dirichlet(np.ones(4), 5)
+    labels = np.array([0, 1, 2, 3, 1])
+    distance = np.abs(np.arange(4)[:, None] - np.arange(4))
+    expected = (probs * distance[labels]).sum(1) - np.einsum("ri,ij,rj->r", probs, distance, probs) / 2
+    np.testing.assert_allclose(ranked_probability_loss(probs, labels), expected)
+
+
+def test_quantile_loss():
+    y = np.array([0.0, 1.0, 2.0, 3.0, 10.0])
+    mean_loss = [quantile_loss(np.full(5, q), 0.7, y).mean() for q in y]
+    assert np.argmin(mean_loss) == 3  # the 0.7-quantile of five values
+    levels, quantiles = np.array([0.05, 0.95]), np.array([[-1.0, 2.0]] * 5)
+    both = sum(quantile_loss(quantiles[:, i], levels[i], y) for i in (0, 1))
+    np.testing.assert_allclose(2 / 0.1 * both, interval_loss(-1.0, 2.0, y, 0.9))  # the interval loss is their sum
+    with pytest.raises(InputError, match="between 0 and 1"):
+        quantile_loss(y, 1.0, y)
+
+
+def test_dawid_sebastiani_is_the_normal_log_score():
+    loc, scale, y = np.array([1.0, -2.0]), np.array([0.5, 3.0]), np.array([0.0, 4.0])
+    expected = -2 * st.norm(loc, scale).logpdf(y) - np.log(2 * np.pi)
+    np.testing.assert_allclose(dawid_sebastiani_loss(dist.Normal(loc, scale), y), expected)
+    with pytest.raises(InputError, match="row 1 has the predicted variance 0"):
+        dawid_sebastiani_loss(Empirical(np.array([[0.0, 1.0], [2.0, 2.0]])), y)
+
+
+def test_log_score_of_vectors():
+    covariance = np.array([[2.0, 0.6], [0.6, 1.0]])
+    y = np.array([[0.0, 1.0], [2.0, -1.0]])
+    got = log_score(dist.MultivariateNormal(np.zeros((2, 2)), covariance), y)
+    np.testing.assert_allclose(got, st.multivariate_normal(np.zeros(2), covariance).logpdf(y), rtol=1e-5)

@@ -13,6 +13,7 @@ _PUBLIC = {
     "ConjugatePair": "conjugate",
     "Density": "density",
     "Dequantized": "transformed",
+    "Empirical": "foreign",
     "ExactPosterior": "exact_conditioning",
     "FiniteKernel": "finite",
     "InputError": "errors",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from bayeslens.core.posterior import Posterior
     from bayeslens.learners.result import Audit, Dependence, Prediction
 
 INK, MUTED, RULE, ACCENT, ALERT = "#1c2733", "#65707e", "#d8dde4", "#1f6e8c", "#c4532b"
@@ -46,11 +46,20 @@ class Panel:
     size: tuple[float, float] = (5.0, 3.5)
 
 
-def plot(result: Prediction | Posterior, kind: str | None = None) -> Figure:
-    """Draw one kind of picture of a prediction or a posterior.
+# Results with kinds of pictures of their own, and such with panels that belong together: who draws them.
+_WITH_KINDS = {"Posterior": ("posterior_pictures", "plot_posterior"), "Scores": ("score_pictures", "plot_scores")}
+_WITH_PANELS = {
+    "AdaptiveConformal": ("conformal_pictures", "adaptive_panels"),
+    "Calibration": ("calibration_pictures", "calibration_panels"),
+    "ConformalPrediction": ("conformal_pictures", "conformal_panels"),
+}
+
+
+def plot(result: Any, kind: str | None = None) -> Figure:
+    """Draw one kind of picture of a result.
 
     Args:
-        result: what `predict` or `infer` returned.
+        result: what `predict`, `infer`, `score`, `calibrate` or a call of what `conformal` made returned.
         kind: of a prediction:
             `"calibration"` (the default; do probabilities come true: PIT histogram, or reliability curve for classes),
             `"coverage"` (how often intervals or sets hold the truth, against what they promise),
@@ -61,6 +70,7 @@ def plot(result: Prediction | Posterior, kind: str | None = None) -> Figure:
             `"trace"` and `"rank"` (did the chains mix, for the numbers for which they did worst),
             `"pairs"` (the numbers most closely tied, with divergent transitions), or
             `"energy"` (how well Hamiltonian chains move between energies).
+            Of scores: `"reliability"`, `"decomposition"`, `"decision"` or `"comparison"`; other results have one kind.
 
     Returns:
         A matplotlib figure that belongs to no window: `figure.savefig("calibration.png")`; notebooks show it.
@@ -72,12 +82,15 @@ def plot(result: Prediction | Posterior, kind: str | None = None) -> Figure:
     Traceback (most recent call last):
     bayeslens.core.errors.InputError: unknown kind 'pie': use one of calibration, coverage, predictions, dependence
     """
-    from bayeslens.core.posterior import Posterior
-
-    if isinstance(result, Posterior):
-        from bayeslens.report import posterior_pictures
-
-        return posterior_pictures.plot_posterior(result, kind or "marginals")
+    name = type(result).__name__
+    if name in _WITH_KINDS or name in _WITH_PANELS:
+        module, function = _WITH_KINDS.get(name) or _WITH_PANELS[name]
+        draw = getattr(importlib.import_module(f"bayeslens.report.{module}"), function)
+        if name in _WITH_KINDS:
+            return draw(result, kind)
+        if kind is not None:
+            raise InputError(f"there is one kind of picture of a {name}: leave out kind={kind!r}")
+        return lay_out(draw(result), columns=2)
     kind = kind or "calibration"
     drawn = panels(result, kind)
     if not drawn:

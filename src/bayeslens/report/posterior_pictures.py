@@ -39,12 +39,13 @@ _REASONS = {
 # ---- panels ------------------------------------------------------------------------------------------------------
 
 
-def plot_posterior(posterior: Posterior, kind: str) -> Figure:
-    """One kind of picture of a posterior as a figure: see `plot`.
+def plot_posterior(posterior: Posterior, kind: str | None = None) -> Figure:
+    """One kind of picture of a posterior as a figure, by default of its marginals: see `plot`.
 
     Raises:
         InputError: an unknown kind, or the posterior lacks what the picture needs.
     """
+    kind = kind or "marginals"
     if kind not in _KINDS:
         raise InputError(f"unknown kind {kind!r}: use one of {', '.join(_KINDS)}")
     drawn = posterior_panels(scalars_of(posterior), posterior.statistics, kind)
