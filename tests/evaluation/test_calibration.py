@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import numpyro.distributions as dist
 import pytest
@@ -13,9 +14,15 @@ from bayeslens.core.quantile import cdf, log_prob
 from bayeslens.evaluation.calibration import (
     QuantileMap,
     Temperature,
+    classwise_calibration_error,
+    confidence_band,
+    debiased_calibration_error,
     expected_calibration_error,
+    kolmogorov_smirnov_calibration_error,
     pit_calibration_error,
     reliability,
+    smooth_calibration_error,
+    smoothed_isotonic,
 )
 
 RNG = np.random.default_rng(0)
@@ -131,3 +138,141 @@ def test_expected_calibration_error():
     probs = np.concatenate([np.tile([[0.9, 0.1]], (500, 1)), np.tile([[0.6, 0.4]], (500, 1))])
     labels = np.concatenate([np.arange(500) % 4 == 0, np.arange(500) % 4 == 0]).astype(int)
     assert expected_calibration_error(probs, labels, bins=2).value == pytest.approx(0.15)
+
+
+# ---- errors without bias, and without bins -----------------------------------------------------------------------
+
+
+def drawn(probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return (rng.random((len(probs), 1)) > np.cumsum(probs, 1)).sum(1).clip(max=probs.shape[1] - 1)
+
+
+def softened(probs: np.ndarray, power: float) -> np.ndarray:
+    return probs**power / (probs**power).sum(1, keepdims=True)
+
+
+def test_debiased_errors_of_the_calibrated_are_zero_on_average():
+    """500 tables of 200 calibrated rows: each mean square is within 4 standard errors of 0 (false-alarm rate 6e-5
+    each), and the reported standard errors are those of the repetitions within 15%. The binned error is not."""
+    rng = np.random.default_rng(1)
+    probs = rng.dirichlet(np.ones(3), 200)
+    top, classwise, binned = [], [], []
+    for _ in range(500):
+        labels = drawn(probs, rng)
+        top.append(debiased_calibration_error(probs, labels, bins=10))
+        classwise.append(classwise_calibration_error(probs, labels, bins=10))
+        binned.append(expected_calibration_error(probs, labels, bins=10).value)
+    for found, exact in ((top, True), (classwise, False)):
+        squares = np.array([e.squared for e in found])
+        assert abs(squares.mean()) < 4 * squares.std() / np.sqrt(500)
+        reported = np.mean([e.squared_standard_error for e in found])
+        assert reported == pytest.approx(squares.std(), rel=0.15) if exact else reported > 0.9 * squares.std()
+    assert np.mean(binned) > 0.05
+
+
+def test_debiased_error_is_the_known_one():
+    """Every probability too high by 0.15, so that the squared error is 0.0225 in every bin: mean over 400 tables
+    within 4 standard errors. The formula of Kumar et al. holds where the predictions of a bin are equal."""
+    rng, p = np.random.default_rng(2), np.linspace(0.7, 0.95, 300)
+    probs = np.stack([p, 1 - p], 1)
+    squares = [debiased_calibration_error(probs, rng.random(300) > p - 0.15).squared for _ in range(400)]
+    assert abs(np.mean(squares) - 0.0225) < 4 * np.std(squares) / 20
+    labels = np.arange(50) % 3 == 0
+    ours = debiased_calibration_error(np.tile([[0.7, 0.3]], (50, 1)), labels, bins=1).squared
+    hits = 1 - labels.mean()
+    assert ours == pytest.approx((hits - 0.7) ** 2 - hits * (1 - hits) / 49)
+
+
+def test_root_and_its_standard_error_are_finite_at_zero():
+    found = debiased_calibration_error(np.tile([[0.8, 0.2]], (20, 1)), np.arange(20) % 5 == 0)
+    assert found.value == 0 and found.squared < 0 and 0 <= found.standard_error < 0.3
+
+
+def test_classwise_error_sees_what_the_top_label_hides():
+    """The likeliest class is as frequent as said; the other two are mistaken for each other."""
+    probs = np.tile([[0.6, 0.3, 0.1]], (1000, 1))
+    labels = np.repeat([0, 1, 2], [600, 100, 300])
+    assert debiased_calibration_error(probs, labels).value == 0
+    found = classwise_calibration_error(probs, labels, bins=1)
+    assert found.value == pytest.approx(np.sqrt(0.08 / 3), abs=0.01)
+    assert [round(e.value, 1) for e in found.by_class] == [0.0, 0.2, 0.2]
+
+
+def test_kolmogorov_smirnov_p_values_are_uniform():
+    """1,000 tables of 400 calibrated rows; steps of the walk make it conservative by less than 0.1, so that the test
+    is one-sided: false-alarm rate 1e-4."""
+    rng, values = np.random.default_rng(3), []
+    for _ in range(1000):
+        probs = rng.dirichlet(np.ones(3), 400)
+        values.append(kolmogorov_smirnov_calibration_error(probs, drawn(probs, rng)).p_value)
+    assert st.kstest(values, "uniform", alternative="greater").pvalue > 1e-4
+    assert np.mean(np.array(values) < 0.1) > 0.05
+
+
+def test_kolmogorov_smirnov_error_is_the_largest_gap():
+    probs, labels = RNG.dirichlet(np.ones(3), 50), RNG.integers(0, 3, 50)
+    order = np.argsort(probs.max(1))
+    gaps = np.cumsum(((probs.argmax(1) == labels) - probs.max(1))[order]) / 50
+    assert kolmogorov_smirnov_calibration_error(probs, labels).value == pytest.approx(np.abs(gaps).max())
+    assert kolmogorov_smirnov_calibration_error(softened(probs, 8), labels).p_value < 1e-6
+    certain = np.tile([[1.0, 0.0]], (5, 1))
+    assert kolmogorov_smirnov_calibration_error(certain, np.zeros(5, int)).p_value == 1.0
+    assert kolmogorov_smirnov_calibration_error(certain, np.ones(5, int)).p_value == 0.0
+
+
+def test_smooth_error():
+    """Between 0 and the true error: calibrated rows give little, a constant shift its size."""
+    rng = np.random.default_rng(4)
+    p = rng.uniform(0.6, 0.9, 20_000)
+    probs = np.stack([p, 1 - p], 1)
+    calibrated, shifted = (smooth_calibration_error(probs, rng.random(20_000) > p - gap) for gap in (0.0, 0.1))
+    assert calibrated.value < 0.02
+    assert shifted.value == pytest.approx(0.1, abs=4 * shifted.standard_error + 0.005)
+    assert shifted.bandwidth == pytest.approx(shifted.value, abs=0.01)
+    # Moving every prediction by a thousandth moves the error by no more than about that.
+    moved = smooth_calibration_error(np.stack([p + 1e-3, 1 - p - 1e-3], 1), rng.random(20_000) > p - 0.1)
+    assert abs(moved.value - shifted.value) < 0.02
+
+
+def test_confidence_band_covers():
+    """Of 40 tables the true frequency is inside a 90% band at 90% of the points, less the bias of isotonic fits."""
+    rng, share = np.random.default_rng(5), []
+    for i in range(40):
+        p = np.sort(rng.random(400))
+        band = confidence_band(p, rng.random(400) < p**2, key=jax.random.key(i), resamples=100)
+        inside = (band.lower <= band.predicted**2) & (band.predicted**2 <= band.upper)
+        share.append(inside.mean())
+        assert (np.diff(band.lower) >= 0).all() and band.lower[0] >= 0 and band.upper[-1] <= 1
+    assert 0.8 < np.mean(share) < 0.98
+
+
+def test_smoothed_isotonic():
+    values, level = smoothed_isotonic(np.array([0.9, 0.1, 0.1, 0.5]), np.array([1.0, 0.0, 0.0, 1.0]))
+    np.testing.assert_allclose(values, [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(level, [0.5 / 2.5, 2 / 2.5, 2 / 2.5])  # half a row of the other kind at each end
+
+
+@pytest.mark.parametrize(
+    ("probs", "labels", "message"),
+    [
+        ([[0.5, 0.5], [0.5, 0.6]], [0, 1], "row 1.*sum to 1.1"),
+        ([[0.5, 0.5], [np.nan, 1.0]], [0, 1], "row 1"),
+        ([[1.5, -0.5]], [0], "row 0"),
+        ([[0.5, 0.5]], [2], "label of row 0 is 2"),
+        ([[0.5, 0.5]], [0, 1], "shape"),
+    ],
+)
+def test_bad_probabilities(probs, labels, message):
+    with pytest.raises(InputError, match=message):
+        debiased_calibration_error(np.array(probs), np.array(labels))
+
+
+def test_one_row_has_no_debiased_error():
+    with pytest.raises(InputError, match="two rows"):
+        debiased_calibration_error([[0.5, 0.5]], [0])
+
+
+def test_the_order_of_rows_does_not_matter():
+    """Equal probabilities in a table that is sorted by outcome."""
+    probability, outcome = np.full(100, 0.3), np.arange(100) >= 70
+    np.testing.assert_allclose(reliability(probability, outcome).observed, 0.3)
