@@ -48,17 +48,23 @@ def conditioned():
 
 def test_density_is_that_of_numpyro(conditioned):
     point = jnp.linspace(-1.0, 1.0, conditioned.dimension)
-    by_site = conditioned.structure.unflatten(point)
-    expected = -potential_energy(every_kind, (), conditioned.arguments, by_site)
-    np.testing.assert_allclose(conditioned.log_prob(point), expected, rtol=1e-5)
-    prior, likelihood = conditioned.log_terms(point)
+
+    @eqx.filter_jit
+    def everything(conditioned, point):
+        by_site = conditioned.structure.unflatten(point)
+        expected = -potential_energy(every_kind, (), conditioned.arguments, by_site)
+        values = conditioned.constrain(point)
+        back = conditioned.unconstrain(values)
+        return expected, conditioned.log_prob(point), conditioned.log_terms(point), values, back
+
+    expected, found, (prior, likelihood), values, back = everything(conditioned, point)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(prior + likelihood, expected, rtol=1e-5)
-    values = conditioned.constrain(point)
     seen = dist.Normal(values["level"], 1.0).log_prob(Y).sum() - values["top"]
     seen += 2 * dist.Normal(values["effect"][np.array([0, 1, 2, 3, 3])], 1.0).log_prob(Y).sum()
     np.testing.assert_allclose(likelihood, seen, rtol=1e-5)
     np.testing.assert_allclose(values["double"], 2 * values["effect"])
-    np.testing.assert_allclose(conditioned.unconstrain(values), point, atol=1e-5)
+    np.testing.assert_allclose(back, point, atol=1e-5)
 
 
 def test_what_is_seen(conditioned):
@@ -85,8 +91,10 @@ def test_one_program_for_all_data_of_one_shape(conditioned):
     assert next(count) == 1 and float(first) != float(second)
 
 
+@pytest.mark.slow
 def test_draws_of_the_prior(conditioned):
-    drawn = constrain_draws(conditioned, jax.vmap(conditioned.sample_prior)(jax.random.split(KEY, 2000))[None])
+    keys = jax.random.split(KEY, 2000)
+    drawn = constrain_draws(conditioned, eqx.filter_jit(lambda c: jax.vmap(c.sample_prior)(keys))(conditioned)[None])
     assert drawn["weights"].shape == (1, 2000, 3) and (drawn["top"] < drawn["scale"]).all()
     # Mean of a half-normal; five standard errors: false alarms below 1e-6.
     assert abs(drawn["scale"].mean() - np.sqrt(2 / np.pi)) < 5 * np.sqrt((1 - 2 / np.pi) / 2000)
@@ -103,7 +111,8 @@ def test_data_that_a_program_looks_at(conditioned):
 
 
 def test_starting_points(conditioned):
-    assert np.isfinite(jax.vmap(conditioned.log_prob)(conditioned.start(KEY, 3))).all()
+    starts = conditioned.start(KEY, 3)
+    assert np.isfinite(eqx.filter_jit(lambda c: jax.vmap(c.log_prob)(starts))(conditioned)).all()
 
     def half_impossible(y):
         mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))

@@ -188,6 +188,7 @@ def test_rows_share_one_network():
         expanded.expand((2,))
 
 
+@pytest.mark.slow
 def test_conditional_densities_learn():
     kernel = ConditionalDensity(affine(inputs=3), embed=eqx.nn.Linear(1, 3, key=KEY))
     x = jnp.linspace(-1, 1, 64).reshape(4, 16, 1)

@@ -150,6 +150,7 @@ def funnel():
     numpyro.factor("nothing", 0.0)
 
 
+@pytest.mark.slow
 def test_the_search_for_a_mode_stops_where_there_is_none():
     conditioned = conditioned_model(funnel, {})
     chains = Chains(conditioned, TREES, 4, 1024.0, 0, KEY)

@@ -30,6 +30,7 @@ COVARIANCE = np.linalg.inv(X.T @ X + np.eye(3) / 100)
 MEAN = COVARIANCE @ X.T @ Y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [SGHMC(num_samples=500), SGLD(num_samples=500)])
 def test_the_posterior_of_a_regression(engine):
     found = engine(conditioned_model(regression, DATA), key=KEY)

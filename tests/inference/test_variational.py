@@ -77,6 +77,7 @@ def test_a_normal_posterior_is_exact(conditioned, engine):
     assert posterior.k_hat < 0.7 and posterior.warnings == ()
 
 
+@pytest.mark.slow
 def test_mean_field_variances_are_those_of_theory(conditioned):
     mean, covariance, precision, evidence = exact()
     posterior = MeanField()(conditioned, key=KEY)

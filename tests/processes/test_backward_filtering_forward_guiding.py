@@ -136,7 +136,8 @@ def random_kernel(rng, target, source, noise=None):
     )
 
 
-@pytest.mark.parametrize("noise", [pytest.param(1, marks=pytest.mark.slow), 0])
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [1, 0])
 def test_linear_gaussian_trees_are_exact(noise):
     """Also through kernels with singular noise, or none."""
     rng = np.random.default_rng(1)

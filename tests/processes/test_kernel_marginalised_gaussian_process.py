@@ -138,6 +138,7 @@ def test_compiled_covariances_of_any_batch_are_positive_definite():
     np.testing.assert_allclose(compiled[:12], exact, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_likelihood_is_that_of_the_chosen_combination():
     conditioned = conditioned_model(MODEL, {"x": X, "y": Y, "errors": ERRORS})
     values = {"kernel/rough/length_scale": 0.5, "kernel/smooth/length_scale": 0.8, "mean/constant/level": 0.3}
