@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from tables import tables
 
-from bayeslens.core.quantile import quantile
+from bayeslens.core.quantiles import quantile
 from bayeslens.core.table import Target
 from bayeslens.evaluation.scores import LEVELS, brier_loss, crps_loss_from_quantiles, log_score
 

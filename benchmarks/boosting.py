@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from record import record
 
-from bayeslens.core.quantile import log_prob
+from bayeslens.core.quantiles import log_prob
 from bayeslens.learners.ngboost import NGBoost
 
 TREES, RATE = 200, 0.05

@@ -28,7 +28,7 @@ from scipy.special import ndtr
 from scipy.stats import spearmanr
 
 from bayeslens.core.learner import Learner, Predictive
-from bayeslens.core.quantile import mean_and_variance
+from bayeslens.core.quantiles import mean_and_variance
 from bayeslens.core.table import Table, Target
 from bayeslens.evaluation.uncertainty import variance_split
 from bayeslens.gallery import Evidence

@@ -21,7 +21,7 @@ import numpy as np
 import numpyro.distributions as dist
 from scipy import special, stats
 
-from bayeslens.core.quantile import cumulative
+from bayeslens.core.quantiles import cumulative
 from bayeslens.gallery import Evidence
 from bayeslens.processes.kernel_marginalised_gaussian_process import (
     exponential,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 
-from bayeslens.core.quantile import log_prob, quantile
+from bayeslens.core.quantiles import log_prob, quantile
 from bayeslens.gallery import Evidence
 from bayeslens.learners import NGBoost
 

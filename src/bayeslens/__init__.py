@@ -7,7 +7,21 @@ import importlib
 __version__ = "0.1.0"
 
 # The whole top-level API: verbs, loaded when first used so that importing is quick.
-__all__ = ["InputError", "compare", "fit", "infer", "load", "plan", "predict", "save", "score", "show"]
+__all__ = [
+    "InputError",
+    "calibrate",
+    "check",
+    "compare",
+    "conformal",
+    "fit",
+    "infer",
+    "load",
+    "plan",
+    "predict",
+    "save",
+    "score",
+    "show",
+]
 
 
 def __getattr__(name: str) -> object:

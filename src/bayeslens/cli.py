@@ -100,6 +100,43 @@ def predict(
 
 
 @app.command()
+def check(
+    predictions: Annotated[str, typer.Argument(help="CSV or Parquet table of predictions beside what happened.")],
+    target: Annotated[str | None, typer.Option(help="Column with what happened.")] = None,
+    probability: Annotated[
+        list[str] | None, typer.Option(help="COLUMN of the second of two classes, or LABEL=COLUMN for each class.")
+    ] = None,
+    quantile: Annotated[list[str] | None, typer.Option(help="LEVEL=COLUMN for each quantile, such as 0.1=low.")] = None,
+    samples: Annotated[str | None, typer.Option(help="How the names of columns of draws begin.")] = None,
+    coverage: Annotated[float, typer.Option(help="What intervals and sets in the table promise.")] = 0.9,
+    groups: Annotated[str | None, typer.Option(help="Column whose groups of rows may depend on each other.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column whose order makes the rows a series.")] = None,
+    report: Annotated[str | None, typer.Option(help="Self-contained HTML report.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Whether predictions made by any program are what they say: a verdict, every score, a report."""
+    from bayeslens import verbs
+
+    with _progress(quiet=as_json) as progress:
+        progress("checking")
+        found = verbs.check(
+            predictions,
+            target,
+            probability=tuple(probability or ()),
+            quantiles=tuple(quantile or ()),
+            samples=samples,
+            coverage=coverage,
+            groups=groups,
+            time=time,
+            report=report,
+        )
+    if as_json:
+        print(json.dumps(_finite(found.summary())))
+    else:
+        _print_audit(found)
+
+
+@app.command()
 def infer(
     model: Annotated[str, typer.Argument(help="The model, as MODEL.py:function.")],
     data: Annotated[str, typer.Argument(help="JSON file: the model's arguments by name.")],
@@ -236,6 +273,38 @@ def _print_prediction(prediction: Any) -> None:
         highlight=False,
     )
     for role, path in prediction.files.items():
+        console.print(f"{role}: {path}", highlight=False, markup=False)
+
+
+def _print_audit(found: Any) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{found.target}: {found.rows} rows; {found.source}", highlight=False, markup=False)
+    for finding in found.findings:
+        mark = {True: "[green]ok[/]  ", False: "[red]no[/]  ", None: "    "}[finding.is_good]
+        console.print(f"{mark}{escape(finding.sentence)}", highlight=False)
+    console.print(f"[bold]{escape(found.advice)}[/]", highlight=False)
+    scores = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("score", "value", "standard error", "better"):
+        scores.add_column(column, justify="left" if column in ("score", "better") else "right")
+    for row in found.scores.scores:
+        scores.add_row(row.name.replace("_", " "), f"{row.value:.4g}", f"{row.standard_error:.2g}", row.better)
+    console.print(scores)
+    if found.stated:
+        claims = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("as written", "promised", "observed", "standard error", "p value"):
+            claims.add_column(column, justify="left" if column == "as written" else "right")
+        for claim in found.stated:
+            rates = (f"{rate:.1%}" for rate in (claim.promised, claim.observed, claim.standard_error))
+            claims.add_row(escape(claim.name), *rates, f"{claim.p_value:.2g}")
+        console.print(claims)
+    if len(found.claims) > len(found.stated):
+        console.print(f"and {len(found.claims) - len(found.stated)} quantiles: see --report or --json", highlight=False)
+    for role, path in found.files.items():
         console.print(f"{role}: {path}", highlight=False, markup=False)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bayeslens.core.errors import InputError
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from bayeslens.core.learner import Learner, Predictive
+    from bayeslens.evaluation.checking import CalibrationChecks, PosteriorChecks
+    from bayeslens.evaluation.predictions_audit import PredictionsAudit
     from bayeslens.learners.result import Prediction
 
 
@@ -137,24 +140,130 @@ def fit(learner: Learner, X: Any, y: Any, *, key: Any, **arguments: Any) -> Pred
     return learner.fit(X, y, key=key, **arguments)
 
 
-def score(predictive: Predictive, X: Any, y: Any, *, coverage: float = 0.9) -> dict[str, float]:
-    """Log score, CRPS or Brier loss, coverage, width or set size, and calibration error of predictions for rows.
+def score(source: Any, X: Any, y: Any, **settings: Any) -> Any:
+    """Every proper score of predictions for rows, with standard errors; see `evaluation.scoring.score_predictions`.
 
     Args:
-        predictive: a predictive, or whatever `core.as_predictive` accepts.
+        source: a predictive, or whatever `core.as_predictive` accepts.
+        X: rows; None where `source` is predictions already.
+        y: what happened.
+        settings: such as `coverage=0.8`, `against=another`, `time=`, `groups=`.
+    """
+    from bayeslens.evaluation.scoring import score_predictions
+
+    return score_predictions(source, X, y, **settings)
+
+
+def calibrate(predictive: Any, X: Any, y: Any, *, key: Any, method: str = "auto", num_folds: int = 5) -> Any:
+    """Recalibrated probabilities, and how far they were off before and after; see `evaluation.calibrating.calibrate`.
+
+    Args:
+        predictive: a predictive, or whatever `core.as_predictive` accepts, that has not seen these rows.
         X: rows.
         y: what happened.
-        coverage: nominal coverage of the intervals or sets.
+        key: a `jax.random.key`.
+        method: `"auto"` takes what has the best cross-validated log score, no change among it; or a name.
+        num_folds: of that cross-validation.
     """
-    import numpy as np
+    from bayeslens.evaluation.calibrating import calibrate as run
 
-    from bayeslens.core.foreign import as_predictive
-    from bayeslens.core.table import Target
-    from bayeslens.learners.auto import metric_table
+    return run(predictive, X, y, key=key, method=method, num_folds=num_folds)
 
-    predictive = as_predictive(predictive)
-    target = Target.with_classes(y, predictive.classes)
-    return metric_table(predictive(X), target, np.arange(len(target.values)), coverage)
+
+def conformal(source: Any, X: Any, y: Any, **settings: Any) -> Any:
+    """Intervals or sets that hold the outcome with a promised probability; see `evaluation.conformal_calibration`.
+
+    Args:
+        source: a fitted predictor with rows that it has not seen, predictions of these rows, or a learner.
+        X: rows; None where `source` is predictions already.
+        y: what happened.
+        settings: such as `coverage=0.8`, `method="cv+"`, `groups=`, `weights=`, `shifted=`, `key=`.
+    """
+    from bayeslens.evaluation.conformal_calibration import conformal as run
+
+    return run(source, X, y, **settings)
+
+
+def check(
+    source: Any,
+    target: str | None = None,
+    *,
+    probability: str | Sequence[str] | Mapping[Any, str] = (),
+    quantiles: Sequence[str] | Mapping[float, str] | None = None,
+    samples: str | None = None,
+    coverage: float = 0.9,
+    groups: str | None = None,
+    time: str | None = None,
+    report: str | None = None,
+    data: Any = None,
+    draws: Any = None,
+    engine: Any = "auto",
+    count: int = 200,
+    key: Any = None,
+) -> PredictionsAudit | PosteriorChecks | CalibrationChecks:
+    """Whether probabilities are what they say: those of a table, of a posterior, of an engine, of draws made elsewhere.
+
+    Args:
+        source: a table that holds predictions beside what happened: a DataFrame, or the path of a CSV or Parquet file,
+            such as the one that `predict` writes (see `evaluation.audit`). Or a `Posterior`: posterior predictive
+            checks and prior sensitivity. Or a NumPyro program with example `data`: simulation-based calibration and
+            TARP of an engine. Or parameters, shape (simulations, parameters), with `draws` of their posteriors: the
+            same.
+        target: the column with what happened.
+        probability: a column, or columns by class (a mapping, or texts `LABEL=COLUMN`).
+        quantiles: columns by level (a mapping, or texts `LEVEL=COLUMN`).
+        samples: how the names of columns of draws begin.
+        coverage: what intervals and sets in the table promise.
+        groups: a column; rows of one group may depend on each other.
+        time: a column; rows are a series in its order.
+        report: write a self-contained HTML report of a table's audit to this file.
+        data: the program's arguments by name, of which what is observed is simulated; or, with draws, numbers that
+            describe each data set, shape (simulations, features).
+        draws: of the posteriors of parameters, shape (simulations, draws, parameters).
+        engine: what inverts the program, see `evaluation.simulate_posteriors`.
+        count: how many data sets are simulated.
+        key: a `jax.random.key`, needed for all but tables.
+
+    Raises:
+        InputError: something that cannot be checked, or columns that cannot be used, with what to do about it.
+    """
+    import dataclasses
+
+    from bayeslens.core.files import check_writable, read_table
+    from bayeslens.core.posterior import Posterior
+
+    if not isinstance(source, str | os.PathLike) and not hasattr(source, "columns"):
+        from bayeslens.evaluation import checking
+
+        if not (isinstance(source, Posterior) or callable(source) or draws is not None):
+            raise InputError(
+                "check takes a table of predictions (a DataFrame or the path of a CSV or Parquet file) and the name of "
+                "its target column, a posterior, a model with example data, or parameters with draws; got "
+                f"{type(source).__name__}"
+            )
+        if key is None:
+            raise InputError("simulations and replications are random: give a key, such as jax.random.key(0)")
+        if isinstance(source, Posterior):
+            return checking.checks_of_posterior(source, key=key)
+        if draws is not None:
+            return checking.checks_of_draws(source, draws, data, key=key)
+        return checking.checks_of_engine(source, data or {}, key=key, engine=engine, count=count)
+    if target is None:
+        raise InputError("which column holds what happened? Give its name as target (--target COLUMN)")
+    if report is not None:
+        check_writable(report)
+    table = read_table(source)
+    from bayeslens.evaluation.predictions_audit import audit
+
+    settings = {"probability": probability, "quantiles": quantiles, "samples": samples}
+    found = audit(table, target, **settings, coverage=coverage, groups=groups, time=time)
+    if report is None:
+        return found
+    from bayeslens.report import write_report
+
+    found = dataclasses.replace(found, files={"report": str(report)})
+    write_report(found, report)
+    return found
 
 
 def save(noun: Any, path: str) -> None:

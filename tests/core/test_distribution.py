@@ -16,7 +16,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
 
-from bayeslens.core import quantile as core_quantile
+from bayeslens.core import quantiles as core_quantile
 from bayeslens.core.conjugate import NormalInverseGamma
 from bayeslens.core.distribution import (
     _NUMPYRO,

@@ -11,7 +11,7 @@ from sklearn.linear_model import BayesianRidge, LinearRegression, LogisticRegres
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.foreign import as_predictive
-from bayeslens.core.quantile import cdf, quantile
+from bayeslens.core.quantiles import cdf, quantile
 from bayeslens.core.saving import load, save
 
 RNG = np.random.default_rng(0)

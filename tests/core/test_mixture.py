@@ -12,7 +12,7 @@ import scipy.stats as st
 from bayeslens.core.distribution import put_together, take_apart, take_rows
 from bayeslens.core.errors import InputError
 from bayeslens.core.mixture import Members, Mixture, member_moments, mix, mix_members, side_by_side
-from bayeslens.core.quantile import cdf, log_prob, mean_and_variance
+from bayeslens.core.quantiles import cdf, log_prob, mean_and_variance
 
 LOC = np.array([[0.0, 1.0, 2.0], [5.0, 1.0, -2.0]])  # (members, rows)
 WEIGHTS = np.array([0.25, 0.75])

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats as st
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf, invert_cdf, log_prob, mean_and_variance, quantile
+from bayeslens.core.quantiles import cdf, invert_cdf, log_prob, mean_and_variance, quantile
 from bayeslens.core.transformed import Dequantized, QuantileDistribution, Recalibrated, through_rounding_cells
 
 KNOTS = np.array([0.0, 0.1, 0.5, 0.9, 1.0])

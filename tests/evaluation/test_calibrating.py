@@ -11,7 +11,7 @@ from scipy.special import softmax
 from sklearn.naive_bayes import GaussianNB
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf
+from bayeslens.core.quantiles import cdf
 from bayeslens.core.saving import load, save
 from bayeslens.evaluation.calibrating import calibrate, recalibrate
 from bayeslens.report.calibration_pictures import calibration_panels

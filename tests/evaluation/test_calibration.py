@@ -10,7 +10,7 @@ import scipy.stats as st
 
 from bayeslens.core.distribution import concatenate
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf, log_prob
+from bayeslens.core.quantiles import cdf, log_prob
 from bayeslens.evaluation.calibration import (
     QuantileMap,
     Temperature,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf, quantile
+from bayeslens.core.quantiles import cdf, quantile
 from bayeslens.core.saving import load, save
 from bayeslens.evaluation.conformal_predictive_distribution import ConformalPredictiveSystem
 

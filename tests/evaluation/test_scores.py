@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from bayeslens.core.distribution import take_rows
 from bayeslens.core.errors import InputError
 from bayeslens.core.foreign import Empirical
-from bayeslens.core.quantile import cdf, quantile
+from bayeslens.core.quantiles import cdf, quantile
 from bayeslens.core.transformed import Dequantized
 from bayeslens.evaluation.scores import (
     LEVELS,

@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 import scipy.stats as st
 
 from bayeslens.core.mixture import Members, mix_members
-from bayeslens.core.quantile import mean_and_variance
+from bayeslens.core.quantiles import mean_and_variance
 from bayeslens.evaluation.uncertainty import entropy_split, variance_split
 
 RNG = np.random.default_rng(0)

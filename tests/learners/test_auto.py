@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import log_prob, mean_and_variance, quantile
+from bayeslens.core.quantiles import log_prob, mean_and_variance, quantile
 from bayeslens.core.table import Target
 from bayeslens.learners.auto import Auto, candidates
 from bayeslens.learners.linear import BayesianLinearRegression, BayesianLogisticRegression

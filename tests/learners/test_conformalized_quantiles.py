@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf, log_prob, quantile
+from bayeslens.core.quantiles import cdf, log_prob, quantile
 from bayeslens.learners.boosted_trees import BoostedTrees
 from bayeslens.learners.conformalized_quantiles import (
     ConformalizedQuantiles,

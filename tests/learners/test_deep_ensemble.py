@@ -12,7 +12,7 @@ import pytest
 from numpyro.distributions import Distribution
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf, log_prob
+from bayeslens.core.quantiles import cdf, log_prob
 from bayeslens.core.table import Target
 from bayeslens.evaluation.uncertainty import variance_split
 from bayeslens.learners.deep_ensemble import DeepEnsemble, DeepEnsemblePredictive, _advance

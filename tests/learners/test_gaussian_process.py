@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal, norm
 
 from bayeslens.core.distribution import concatenate
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import log_prob, mean_and_variance
+from bayeslens.core.quantiles import log_prob, mean_and_variance
 from bayeslens.core.table import Table
 from bayeslens.learners.gaussian_process import GaussianProcess, exact_posterior, input_groups
 from bayeslens.learners.gaussian_process_evidence import (

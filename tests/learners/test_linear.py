@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from sklearn.linear_model import LogisticRegression
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import log_prob, mean_and_variance
+from bayeslens.core.quantiles import log_prob, mean_and_variance
 from bayeslens.core.table import Target
 from bayeslens.learners import linear
 from bayeslens.learners.linear import BayesianLinearRegression, BayesianLogisticRegression, check_weights

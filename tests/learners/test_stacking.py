@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive
-from bayeslens.core.quantile import log_prob
+from bayeslens.core.quantiles import log_prob
 from bayeslens.core.table import Table, Target
 from bayeslens.learners.linear import BayesianLinearRegression, BayesianLogisticRegression
 from bayeslens.learners.splits import folds

@@ -12,7 +12,7 @@ from numpyro.distributions import Distribution, constraints
 from bayeslens.core.distribution import register_family
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Predictive
-from bayeslens.core.quantile import backend
+from bayeslens.core.quantiles import backend
 from bayeslens.core.table import Table
 from bayeslens.core.transformed import QuantileDistribution
 

@@ -15,7 +15,7 @@ from numpyro.distributions import Distribution, constraints
 
 from bayeslens.core.distribution import build, put_together, register_family, take_apart
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import backend, cumulative, log_density, logsumexp, mean_and_variance, moments
+from bayeslens.core.quantiles import backend, cumulative, log_density, logsumexp, mean_and_variance, moments
 
 _CATEGORICAL = (dist.CategoricalProbs, dist.CategoricalLogits)
 

@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float
 from numpyro.distributions import Distribution
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import invert_cdf, log_density
+from bayeslens.core.quantiles import invert_cdf, log_density
 
 UNIT = dist.Uniform(0.0, 1.0)  # what traces draw; told from other distributions by identity
 _QUICK_QUANTILE = (dist.Normal, dist.StudentT, dist.Laplace, dist.LogNormal, dist.Uniform, dist.Exponential,

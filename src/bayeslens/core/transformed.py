@@ -11,7 +11,7 @@ from numpyro.distributions import Distribution, constraints
 
 from bayeslens.core.distribution import register_family
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import backend, cumulative, invert_cdf, log_density, moments
+from bayeslens.core.quantiles import backend, cumulative, invert_cdf, log_density, moments
 
 
 def _piecewise_linear(x: Any, knots: Any, values: Any) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from numpyro.distributions import Distribution
 from bayeslens.core.errors import InputError
 from bayeslens.core.foreign import as_predictive
 from bayeslens.core.learner import Predictive
-from bayeslens.core.quantile import mean_and_variance, quantile
+from bayeslens.core.quantiles import mean_and_variance, quantile
 from bayeslens.core.table import Table, Target
 from bayeslens.evaluation.conformal import class_scores, cqr_scores, weighted_thresholds
 from bayeslens.evaluation.conformal_resampling import (

@@ -34,7 +34,7 @@ from scipy.special import xlog1py, xlogy
 
 from bayeslens.core.distribution import take_rows
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf, quantile
+from bayeslens.core.quantiles import cdf, quantile
 from bayeslens.core.randomness import host_generator
 from bayeslens.evaluation.decision_curves import checked_events
 from bayeslens.evaluation.isotonic import isotonic_mean, isotonic_quantile, pooled_adjacent_violators

@@ -17,7 +17,7 @@ from scipy.special import ndtr
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.foreign import Empirical
-from bayeslens.core.quantile import cdf, log_prob, logsumexp, mean_and_variance, quantile
+from bayeslens.core.quantiles import cdf, log_prob, logsumexp, mean_and_variance, quantile
 
 LEVELS = np.arange(1, 100) / 100  # the 99 quantiles from which a CRPS without closed form is computed
 # Levels evenly spaced in normal deviates, which reach far enough into both tails to see what lies beyond a threshold,

@@ -12,7 +12,7 @@ from numpyro.distributions import Distribution
 from bayeslens.core.distribution import take_rows
 from bayeslens.core.errors import InputError
 from bayeslens.core.foreign import Empirical, as_predictive
-from bayeslens.core.quantile import quantile
+from bayeslens.core.quantiles import quantile
 from bayeslens.core.table import Target
 from bayeslens.core.transformed import through_rounding_cells
 from bayeslens.evaluation import scores as proper

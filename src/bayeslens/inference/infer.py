@@ -20,7 +20,7 @@ from bayeslens.core.engine import Engine
 from bayeslens.core.errors import InputError
 from bayeslens.core.posterior import Posterior
 from bayeslens.inference.gaussian_block import draw_block, integrated_out
-from bayeslens.inference.pymc_program import as_program
+from bayeslens.inference.pymc_models import as_program
 from bayeslens.inference.reparameterization import reparameterized
 
 # name -> module and class; loaded when asked for

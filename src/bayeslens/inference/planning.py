@@ -10,7 +10,7 @@ from bayeslens.core.errors import InputError
 from bayeslens.core.plan import Plan, PlannedSite
 from bayeslens.inference.exact import solve_exactly
 from bayeslens.inference.gaussian_block import integrated_out
-from bayeslens.inference.pymc_program import as_program
+from bayeslens.inference.pymc_models import as_program
 from bayeslens.inference.reparameterization import hierarchical_sites
 
 _SAMPLED_BY = "nuts"

@@ -15,7 +15,7 @@ from bayeslens.core.distribution import concatenate, take_rows
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive, fit_rows
 from bayeslens.core.mixture import mix
-from bayeslens.core.quantile import quantile
+from bayeslens.core.quantiles import quantile
 from bayeslens.core.table import Table, Target
 from bayeslens.evaluation.calibration import QuantileMap, Temperature, expected_calibration_error, pit_calibration_error
 from bayeslens.evaluation.conformal import class_scores, conformal_threshold, prediction_sets

@@ -11,7 +11,7 @@ from numpyro.distributions import Distribution
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.learner import Learner, Predictive, fit_rows
-from bayeslens.core.quantile import mean_and_variance
+from bayeslens.core.quantiles import mean_and_variance
 from bayeslens.core.table import Table, Target, take
 from bayeslens.evaluation.familiarity import Familiarity
 from bayeslens.evaluation.scores import log_score

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpyro.distributions import Distribution
 
-from bayeslens.core.quantile import backend
+from bayeslens.core.quantiles import backend
 
 LOG_DF = (np.log(1.1), np.log(300.0))  # a Student t beyond this range is Cauchy-like, or normal
 LOG_MEAN = (-20.0, 20.0)  # of counts

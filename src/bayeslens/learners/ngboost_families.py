@@ -18,7 +18,7 @@ from scipy import special
 
 from bayeslens.core.distribution import build
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import backend
+from bayeslens.core.quantiles import backend
 from bayeslens.learners.natural_gradient import LOG_CONCENTRATION, LOG_DF, LOG_MEAN, Family, bounded_exp, columns
 from bayeslens.learners.ngboost_crps_families import under_crps
 

@@ -13,7 +13,7 @@ import pandas as pd
 from numpyro.distributions import Distribution
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import cdf, mean_and_variance, quantile
+from bayeslens.core.quantiles import cdf, mean_and_variance, quantile
 from bayeslens.core.table import Target, guess_task
 from bayeslens.evaluation.scores import log_score
 from bayeslens.evaluation.uncertainty import entropy_split, variance_split

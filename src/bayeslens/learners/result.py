@@ -12,7 +12,7 @@ from numpyro.distributions import Distribution
 
 from bayeslens.core.distribution import take_rows
 from bayeslens.core.learner import Predictive
-from bayeslens.core.quantile import mean_and_variance, quantile
+from bayeslens.core.quantiles import mean_and_variance, quantile
 from bayeslens.evaluation.conformal import class_scores, conformal_threshold, prediction_sets
 from bayeslens.evaluation.scores import pit
 

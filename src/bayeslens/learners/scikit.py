@@ -28,7 +28,7 @@ from sklearn.utils.validation import (
 )
 
 from bayeslens.core.errors import InputError
-from bayeslens.core.quantile import mean_and_variance, quantile
+from bayeslens.core.quantiles import mean_and_variance, quantile
 from bayeslens.core.table import Target
 from bayeslens.evaluation.conformal import highest_probability_sets
 from bayeslens.learners.linear import check_weights

@@ -23,6 +23,8 @@ from bayeslens.report.pictures import ACCENT, ALERT, INK, MUTED, RULE, Panel, by
 from bayeslens.report.posterior_pictures import SERIES
 
 if TYPE_CHECKING:
+    from bayeslens.evaluation.predictions_audit import PredictionsAudit
+    from bayeslens.evaluation.scoring import Scores
     from bayeslens.learners.result import Prediction
 
 _COLORS = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent", ALERT: "--alert"} | dict(
@@ -33,20 +35,21 @@ _NEGLIGIBLE = 0.015  # a difference in coverage that nobody would act on, howeve
 _MAX_WARNINGS = 30
 
 
-def write_report(result: Prediction | Posterior, path: str | os.PathLike[str]) -> Path:
-    """Write the report of a prediction or a posterior as one HTML file.
+def write_report(result: Prediction | Posterior | Scores | PredictionsAudit, path: str | os.PathLike[str]) -> Path:
+    """Write the report of a prediction, a posterior, scores or an audit as one HTML file.
 
     The file holds its own style and pictures, so that it can be mailed; nothing is fetched when it is opened.
 
     Args:
-        result: what `predict` or `infer` returned. What it lacks (held-out rows, a plan, evidence) is left out.
+        result: what `predict`, `infer`, `score` or `check` returned. What it lacks (held-out rows, a plan, evidence) is
+            left out.
         path: the file to write; one that exists is replaced, all at once.
 
     Returns:
         The path of the file.
 
     Raises:
-        InputError: neither a prediction nor a posterior; or the file cannot be written: then nothing is left behind,
+        InputError: a result of another kind; or the file cannot be written: then nothing is left behind,
             and an older report stays as it was.
 
     >>> write_report(posterior, "report.html")  # doctest: +SKIP
@@ -75,15 +78,25 @@ def _remove(part: Path) -> None:
         return
 
 
-def render(result: Prediction | Posterior) -> str:
+def render(result: Prediction | Posterior | Scores | PredictionsAudit) -> str:
     """The report as the text of an HTML page; every name and label in it is escaped."""
     if isinstance(result, Posterior):
         from bayeslens.report.posterior import render_posterior
 
         return render_posterior(result)
-    if not hasattr(result, "leaderboard"):
-        raise InputError(f"there are reports of predictions and of posteriors, got {type(result).__name__}")
-    return fill("template.html", _context(result))
+    if hasattr(result, "leaderboard"):
+        return fill("template.html", _context(result))
+    from bayeslens.evaluation.predictions_audit import PredictionsAudit
+    from bayeslens.evaluation.scoring import Scores
+
+    if not isinstance(result, PredictionsAudit | Scores):
+        raise InputError(
+            "besides those of scores and audits, there are reports of predictions and of posteriors, got "
+            f"{type(result).__name__}"
+        )
+    from bayeslens.report.scores import render_scores
+
+    return render_scores(result)
 
 
 def fill(template: str, context: dict[str, Any]) -> str:

@@ -47,11 +47,22 @@ class Panel:
 
 
 # Results with kinds of pictures of their own, and such with panels that belong together: who draws them.
-_WITH_KINDS = {"Posterior": ("posterior_pictures", "plot_posterior"), "Scores": ("score_pictures", "plot_scores")}
+_WITH_KINDS = {
+    "Posterior": ("posterior_pictures", "plot_posterior"),
+    "PredictionsAudit": ("scores", "plot_audit"),
+    "Scores": ("score_pictures", "plot_scores"),
+}
 _WITH_PANELS = {
     "AdaptiveConformal": ("conformal_pictures", "adaptive_panels"),
     "Calibration": ("calibration_pictures", "calibration_panels"),
+    "CalibrationChecks": ("check_pictures", "calibration_checks_panels"),
     "ConformalPrediction": ("conformal_pictures", "conformal_panels"),
+    "ExpectedCoverage": ("check_pictures", "coverage_panels"),
+    "LocalClassifierTwoSampleTest": ("check_pictures", "local_test_panels"),
+    "PosteriorChecks": ("check_pictures", "posterior_checks_panels"),
+    "PosteriorPredictiveCheck": ("check_pictures", "predictive_panels"),
+    "PowerScaling": ("check_pictures", "power_scaling_panels"),
+    "SimulationBasedCalibration": ("check_pictures", "calibration_check_panels"),
 }
 
 
@@ -59,7 +70,7 @@ def plot(result: Any, kind: str | None = None) -> Figure:
     """Draw one kind of picture of a result.
 
     Args:
-        result: what `predict`, `infer`, `score`, `calibrate` or a call of what `conformal` made returned.
+        result: what `predict`, `infer`, `score`, `check`, `calibrate` or a call of what `conformal` made returned.
         kind: of a prediction:
             `"calibration"` (the default; do probabilities come true: PIT histogram, or reliability curve for classes),
             `"coverage"` (how often intervals or sets hold the truth, against what they promise),
@@ -70,7 +81,8 @@ def plot(result: Any, kind: str | None = None) -> Figure:
             `"trace"` and `"rank"` (did the chains mix, for the numbers for which they did worst),
             `"pairs"` (the numbers most closely tied, with divergent transitions), or
             `"energy"` (how well Hamiltonian chains move between energies).
-            Of scores: `"reliability"`, `"decomposition"`, `"decision"` or `"comparison"`; other results have one kind.
+            Of scores: `"reliability"`, `"decomposition"`, `"decision"` or `"comparison"`; of an audit by `check` also
+            `"quantiles"` or `"events"`; other results have one kind.
 
     Returns:
         A matplotlib figure that belongs to no window: `figure.savefig("calibration.png")`; notebooks show it.

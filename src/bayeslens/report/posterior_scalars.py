@@ -189,7 +189,7 @@ def _exact(site: str, shape: tuple[int, ...], marginal: Any, count: int) -> dict
     """Exact marginals of the first scalars of a site; none where the family has no closed form."""
     import numpyro.distributions as dist
 
-    from bayeslens.core.quantile import log_prob, mean_and_variance, quantile
+    from bayeslens.core.quantiles import log_prob, mean_and_variance, quantile
 
     names = [_named(site, shape, i) for i in range(count)]
     if isinstance(marginal, dist.CategoricalProbs | dist.CategoricalLogits) and marginal.batch_shape == shape:

@@ -7,7 +7,7 @@ import pytest
 import bayeslens
 from bayeslens.core.conditioned_model import conditioned_model
 from bayeslens.core.errors import InputError
-from bayeslens.inference.pymc_program import pymc_program
+from bayeslens.inference.pymc_models import pymc_program
 
 pm = pytest.importorskip("pymc")
 Y = np.array([1.0, 2.0, 0.5])

@@ -13,8 +13,8 @@ import numpyro.distributions as dist
 import pytest
 
 import bayeslens
-from bayeslens.core.black_box import black_box
 from bayeslens.core.errors import InputError
+from bayeslens.core.plain_python import black_box
 
 
 def norm(x, power):

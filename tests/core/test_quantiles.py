@@ -11,7 +11,7 @@ import scipy.stats as st
 
 from bayeslens.core.errors import InputError
 from bayeslens.core.mixture import Mixture
-from bayeslens.core.quantile import (
+from bayeslens.core.quantiles import (
     cdf,
     cumulative,
     invert_cdf,
