@@ -117,6 +117,7 @@ def test_ensembles_are_batches_of_networks():
     assert promote_batch_shape(apart[0]).batch_shape == ()
 
 
+@pytest.mark.slow
 def test_promotion_keeps_older_batch_axes_apart():
     condition = jnp.arange(6.0).reshape(3, 2)
     make = lambda key: Density(affine(key, 2), condition)  # noqa: E731

@@ -29,6 +29,7 @@ from bayeslens.core.distribution import (
     take_rows,
 )
 from bayeslens.core.errors import InputError
+from bayeslens.core.foreign import Empirical
 from bayeslens.core.mixture import Members, Mixture
 from bayeslens.core.transformed import Dequantized, QuantileDistribution, Recalibrated
 
@@ -311,9 +312,10 @@ def test_every_family_of_numpyro_is_in_a_battery():
     listed = {"BernoulliProbs", "BernoulliLogits", "CategoricalProbs", "CategoricalLogits", "Delta"}
     listed |= {"Dirichlet", "MultivariateNormal", "MultivariateStudentT"}
     assert set(_NUMPYRO) == (set(CASES) & set(_NUMPYRO)) | listed
-    # Members have a test of their own below (their first axis is not one of rows), `Density` has a battery.
+    # Members have a test of their own below (their first axis is not one of rows), `Density` has a battery, and
+    # `Empirical` has no density: its tests stand beside `as_predictive`.
     own = {name for name, family in FAMILIES.items() if family.__module__.startswith("bayeslens.core.")}
-    assert own - {"Density"} == (set(CASES) & own) | {"NormalInverseGamma", "Members"}
+    assert own - {"Density"} == (set(CASES) & own) | {"NormalInverseGamma", "Members", Empirical.__name__}
 
 
 ROOT = np.linalg.cholesky(np.array([[2.0, 0.5], [0.5, 1.0]]))

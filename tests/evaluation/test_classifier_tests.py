@@ -92,6 +92,7 @@ def test_a_narrow_posterior_is_found_and_where_it_has_too_much_mass():
     assert "statistic" in str(found)
 
 
+@pytest.mark.slow
 def test_the_statistic_is_local():
     def scale(x):  # right where data are 0, too narrow above and too wide below
         return np.exp(-0.5 * x)

@@ -147,7 +147,7 @@ def test_miscalibration_falls_and_discrimination_stays_under_recalibration():
     np.testing.assert_allclose(narrow.discrimination, right.discrimination, rtol=0.05)
 
 
-@pytest.mark.parametrize("name", ["log", "classes", "crps"])
+@pytest.mark.parametrize("name", ["log", "classes", pytest.param("crps", marks=pytest.mark.slow)])
 def test_miscalibration_by_chance(name):
     """Of 60 calibrated data sets (30 for the CRPS): miscalibration less its expectation by chance is zero on average,
     within 4 standard errors (false alarm rate 6e-5), and p-values are uniform (Kolmogorov-Smirnov, 1e-3)."""

@@ -261,7 +261,7 @@ CASES = {
 }  # fmt: skip
 
 
-QUICKEST = {"mixture", "restricted", "markov"}
+QUICKEST = {"mixture", "restricted"}
 
 
 @pytest.mark.parametrize("case", [c if c in QUICKEST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

@@ -84,7 +84,7 @@ def _exact(name, value):
     return multivariate_normal(mean, covariance).logpdf(data["y"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param("schools", marks=pytest.mark.slow), "regression", "walk", "scan"])
 def test_the_integral_is_the_closed_form(name):
     model, data, block, other, _ = CASES[name]
     conditioned = conditioned_model(model, data)

@@ -105,6 +105,7 @@ def test_engines_by_object_class_and_name(exact):
         assert found.plan is None
 
 
+@pytest.mark.slow
 def test_a_kernel_of_numpyro():
     from numpyro.infer import SA
 

@@ -50,6 +50,7 @@ def centred(y):
     numpyro.sample("y", dist.Normal(x, 10.0).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_a_normal_posterior_is_exact_in_both_precisions():
     posterior = Laplace(num_samples=4000)(conditioned_model(regression, {"x": X, "y": Y, "prior": PRIOR}), key=KEY)
     with jax.enable_x64(True):

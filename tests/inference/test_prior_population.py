@@ -55,6 +55,7 @@ def half_not_a_number(y):
 @pytest.mark.parametrize(
     "engine", [SMC(num_particles=128), pytest.param(NestedSampling(num_live=200), marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_likelihoods_that_are_not_numbers_count_as_zero(engine):
     found = engine(conditioned_model(half_not_a_number, {"y": 1.0}), key=KEY)
     # The evidence is that of the half of the prior where the logarithm exists; the other is a plateau.

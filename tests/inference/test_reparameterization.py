@@ -5,6 +5,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from scipy.stats import norm
 
 import bayeslens
 from bayeslens.core.conditioned_model import conditioned_model
@@ -71,6 +72,35 @@ def test_auto_samples_eight_schools_without_a_funnel():
     deviation = np.sqrt((weight * tau**2).sum() / weight.sum() - exact**2)
     assert abs(found["tau"].mean() - exact) < 5 * deviation / np.sqrt(400)
     assert callable(found.model) and found.model is nearly_normal_schools
+
+
+def contaminated_schools(y, sigma):
+    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    with numpyro.plate("school", 8):
+        theta = numpyro.sample("theta", dist.Normal(0.0, tau))
+        wild = numpyro.sample("wild", dist.Bernoulli(0.1))
+        numpyro.sample("y", dist.Normal(theta, sigma * (1 + 4 * wild)), obs=y)
+
+
+@pytest.mark.slow
+def test_beside_finite_sites():
+    """The effects are non-centred where other sites are summed out; the mean of tau is exact by quadrature."""
+    data = {"y": Y, "sigma": SIGMA}
+    found = bayeslens.infer(contaminated_schools, data, key=KEY)
+    assert set(found.draws) == {"tau", "theta", "wild"}
+    planned = {s.name: s for s in found.plan.sites}
+    assert planned["wild"].treatment == "marginalized"
+    assert "non-centred" in planned["theta"].why and "non-centred" not in planned["tau"].why
+    # Centred, fewer than 300 are effective, and none comes near zero.
+    assert found.summary().loc["tau", "ess_bulk"] > 1000
+    tau = np.geomspace(1e-3, 500, 20_000)[:, None]
+    parts = [w * norm.pdf(Y, 0, np.sqrt(tau**2 + (c * SIGMA) ** 2)) for w, c in ((0.9, 1.0), (0.1, 5.0))]
+    tau = tau[:, 0]
+    weight = np.exp(np.log(sum(parts)).sum(1)) / (1 + (tau / 5) ** 2) * np.gradient(tau)
+    exact = (weight * tau).sum() / weight.sum()
+    deviation = np.sqrt((weight * tau**2).sum() / weight.sum() - exact**2)
+    # By 400 effective draws.
+    assert abs(found["tau"].mean() - exact) < 5 * deviation / np.sqrt(400)
 
 
 def flat(y):

@@ -82,6 +82,7 @@ def test_censored_gradient(name):
         np.testing.assert_allclose(found[:, j], difference, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_multivariate_normal_gradient_and_metric():
     rng = np.random.default_rng(0)
     family, theta = family_of("auto", targets=2), np.array([0.5, -1.0, 0.2, 0.7, -0.3])

@@ -156,6 +156,7 @@ def test_linear_gaussian_trees_are_exact(noise):
     assert np.abs(np.cov(white) - np.eye(2)).max() < 5 * np.sqrt(2 / 4000)
 
 
+@pytest.mark.slow
 def test_rules_compose():
     """Pulling back through a composite is pulling back twice."""
     rng = np.random.default_rng(2)

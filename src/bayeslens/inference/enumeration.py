@@ -28,6 +28,7 @@ from bayeslens.core.posterior import Posterior
 from bayeslens.inference.discrete_program import DiscreteProgram, Summed
 
 _PRIOR, _LIKELIHOOD = f"{PRIOR_FACTOR}discrete_sites", "log_sum_over_discrete_sites"
+_ROUNDING = 1e-6  # of a density; what is wrongly factored is off by more
 _CHECKS = 4  # assignments at which the engine compares the factors with the program
 
 
@@ -37,6 +38,11 @@ class Marginalized:
     def __init__(self, model: Callable):
         functools.update_wrapper(self, model)
         self.model = model
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The sites that are sampled in place of others."""
+        return getattr(self.model, "hidden", ())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Marginalized) and self.model == other.model
@@ -188,7 +194,8 @@ class Enumeration(Engine):
                 f"the log evidence of these data is {float(evidence)}: the model excludes them, or a density is not "
                 "a number; look at the observations and the distributions' parameters"
             )
-        if not gap <= 1e3 * float(np.finfo(evidence.dtype).eps):
+        # Constants of a program may be in single precision where the rest is in double.
+        if not gap <= max(1e3 * float(np.finfo(evidence.dtype).eps), _ROUNDING):
             raise InputError(
                 f"the factors found in this model do not multiply to its density (they differ by {float(gap):.2g} of "
                 "it): it cannot be summed out exactly; please report the model"

@@ -109,7 +109,7 @@ def infer(
     """
     program = as_program(model)
     conditioned, plan, block = conditioned_model(program, data if data is not None else {}), None, None
-    whole = conditioned
+    whole, prepare = conditioned, lambda conditioned: conditioned
     if isinstance(engine, str) and engine == "auto":
         from bayeslens.inference.planning import plan_for
 
@@ -120,15 +120,13 @@ def infer(
         if engine == "nuts":
             if any(site.treatment == "solved exactly" for site in plan.sites):
                 conditioned, block = integrated_out(conditioned)
-            conditioned = reparameterized(conditioned, key=jax.random.fold_in(key, 2))
+            prepare = functools.partial(reparameterized, key=jax.random.fold_in(key, 2))
     if isinstance(engine, str):
         engine = engine_named(engine, **settings)
     elif settings:
         raise InputError(f"give the settings {sorted(settings)} to the engine itself: {type(engine).__name__}(...)")
-    posterior = _run(_as_engine(engine), conditioned, key)
-    # What is sampled in place of a site of the model is not shown.
-    hidden = getattr(conditioned.model, "hidden", ())
-    draws = {n: v for n, v in posterior.draws.items() if n not in hidden}
+    posterior = _run(_as_engine(engine), conditioned, key, prepare)
+    draws = posterior.draws
     if block is not None:
         rest = {s.name: draws[s.name] for s in whole.latents if s.name in draws}
         draws = rest | _for_each(functools.partial(draw_block, whole, block), rest, jax.random.fold_in(key, 4))
@@ -157,11 +155,15 @@ def _as_engine(engine: Any) -> Engine:
     )
 
 
-def _run(engine: Engine, conditioned: ConditionedModel, key: Any) -> Posterior:
-    """Run an engine, on the model with its finite latents summed out where it takes continuous ones only."""
+def _run(engine: Engine, conditioned: ConditionedModel, key: Any, prepare: Callable) -> Posterior:
+    """Run an engine, on the model with its finite latents summed out where it takes continuous ones only.
+
+    Before it runs the model is prepared; what is sampled in place of a site of the model is not shown.
+    """
     if engine.takes_discrete or not conditioned.discrete:
+        prepared = prepare(conditioned)
         try:
-            return engine(conditioned, key=key)
+            return _without_hidden(engine(prepared, key=key), prepared)
         except ValueError as error:
             if "Pure callbacks do not support" not in str(error):
                 raise
@@ -180,8 +182,8 @@ def _run(engine: Engine, conditioned: ConditionedModel, key: Any) -> Posterior:
         raise InputError(f"the sites {names} are discrete, and there are no others: use engine enumeration")
     from bayeslens.inference.enumeration import marginalize
 
-    summed = conditioned_model(marginalize(conditioned.model), conditioned.given)
-    posterior = engine(summed, key=jax.random.fold_in(key, 0))
+    summed = prepare(conditioned_model(marginalize(conditioned.model), conditioned.given))
+    posterior = _without_hidden(engine(summed, key=jax.random.fold_in(key, 0)), summed)
     values = {s.name: posterior.draws[s.name] for s in conditioned.continuous}
     drawn = _for_each(functools.partial(_draw_discrete, conditioned), values, jax.random.fold_in(key, 1))
     return dataclasses.replace(
@@ -190,6 +192,13 @@ def _run(engine: Engine, conditioned: ConditionedModel, key: Any) -> Posterior:
         settings=posterior.settings | {"key": np.asarray(jax.random.key_data(key)).tolist()},
         model=conditioned.model,
     )
+
+
+def _without_hidden(posterior: Posterior, conditioned: ConditionedModel) -> Posterior:
+    hidden = getattr(conditioned.model, "hidden", ())
+    if not hidden:
+        return posterior
+    return dataclasses.replace(posterior, draws={n: v for n, v in posterior.draws.items() if n not in hidden})
 
 
 def _for_each(function: Callable, values: dict[str, Any], key: Any) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.errors import InputError
 from bayeslens.core.plan import Plan, PlannedSite
+from bayeslens.inference.enumeration import marginalize
 from bayeslens.inference.exact import solve_exactly
 from bayeslens.inference.gaussian_block import integrated_out
 from bayeslens.inference.pymc_models import as_program
@@ -69,10 +70,15 @@ def plan_for(conditioned: ConditionedModel, settings: Iterable[str] = ()) -> Pla
         sizes = " and ".join(f"{s.name} takes {s.support_size} values" for s in conditioned.discrete[:3])
         return _all(conditioned, "enumeration", "enumerated", sizes)
     if conditioned.discrete:
+        apart = hierarchical_sites(conditioned_model(marginalize(conditioned.model), conditioned.given))
+        why = {
+            s.name: _APART if s.name in apart else f"{s.family}, the finite sites summed out"
+            for s in conditioned.latents
+        }
         sites = tuple(
             PlannedSite(s.name, s.shape, "marginalized", "enumeration", f"takes {s.support_size} values")
             if s.discrete
-            else PlannedSite(s.name, s.shape, "sampled", _SAMPLED_BY, f"{s.family}, the finite sites summed out")
+            else PlannedSite(s.name, s.shape, "sampled", _SAMPLED_BY, why[s.name])
             for s in conditioned.latents
         )
         return Plan(_SAMPLED_BY, sites)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from bayeslens.core.conditioned_model import ConditionedModel, conditioned_model
 from bayeslens.core.program_sites import family_of
+from bayeslens.inference.enumeration import Marginalized
 from bayeslens.inference.pathfinder import pathfinder_starts
 
 _SHAPES: dict[str, tuple[str, ...]] = {"Normal": (), "StudentT": ("df",), "Cauchy": (), "Laplace": (), "Gumbel": ()}
@@ -46,15 +47,23 @@ def hierarchical_sites(conditioned: ConditionedModel) -> tuple[str, ...]:
     names = [s.name for s in conditioned.continuous if s.family in _SHAPES]
     if not names or conditioned.subsampled or conditioned.discrete:
         return ()
-    traced = jax.make_jaxpr(lambda vector: [_parameters(conditioned.trace(vector)[n]) for n in names])(
-        jnp.zeros(conditioned.dimension)
-    )
+    masked: set[str] = set()
+
+    def parameters(vector: Array) -> list[tuple[Array, Array]]:
+        trace = conditioned.trace(vector)
+        masked.update(n for n in names if _is_masked(trace[n]["fn"]))
+        return [_parameters(trace[n]) for n in names]
+
+    traced = jax.make_jaxpr(parameters)(jnp.zeros(conditioned.dimension))
     moving = set(traced.jaxpr.invars)
     for equation in traced.jaxpr.eqns:
         if any(not hasattr(v, "val") and v in moving for v in equation.invars):
             moving.update(equation.outvars)
     outputs = [not hasattr(v, "val") and v in moving for v in traced.jaxpr.outvars]
-    return tuple(n for n, pair in zip(names, np.reshape(outputs, (-1, 2)), strict=True) if pair.any())
+    # The density of a site that depends on sites which were summed out is not its own.
+    return tuple(
+        n for n, pair in zip(names, np.reshape(outputs, (-1, 2)), strict=True) if pair.any() and n not in masked
+    )
 
 
 def reparameterize(model: Callable, data: dict[str, Any], *, key: Any) -> Callable:
@@ -80,15 +89,23 @@ def reparameterize(model: Callable, data: dict[str, Any], *, key: Any) -> Callab
 
 
 def reparameterized(conditioned: ConditionedModel, *, key: Any) -> ConditionedModel:
-    """What `reparameterize` does, for a program that has its data; the same object where there is nothing to do."""
+    """What `reparameterize` does, for a program that has its data; the same object where there is nothing to do.
+
+    Of a program without its finite sites (`marginalize`) the program itself is changed, and they are summed out again.
+    """
     names = hierarchical_sites(conditioned)
     if not names:
         return conditioned
     model, data = conditioned.model, conditioned.given
-    apart = conditioned_model(Reparameterized(model, dict.fromkeys(names, 0.0)), data)
+
+    def changed(weights: dict[str, Any]) -> ConditionedModel:
+        if isinstance(model, Marginalized):
+            return conditioned_model(Marginalized(Reparameterized(model.model, weights)), data)
+        return conditioned_model(Reparameterized(model, weights), data)
+
+    apart = changed(dict.fromkeys(names, 0.0))
     vectors, _ = pathfinder_starts(apart, key, _LOOKS)
-    weights = {n: np.asarray(v) for n, v in _weights(conditioned, apart, vectors, names).items()}
-    return conditioned_model(Reparameterized(model, weights), data)
+    return changed({n: np.asarray(v) for n, v in _weights(conditioned, apart, vectors, names).items()})
 
 
 class Reparameterized:
@@ -113,6 +130,12 @@ class Reparameterized:
             return LocScaleReparam(self.weights[site["name"]], _SHAPES[family_of(site["fn"])])
 
         return handlers.reparam(self.model, config=config)(*args, **kwargs)
+
+
+def _is_masked(law: Any) -> bool:
+    while type(law).__name__ in ("Independent", "ExpandedDistribution"):
+        law = law.base_dist
+    return type(law).__name__ == "MaskedDistribution"
 
 
 def _parameters(site: dict[str, Any]) -> tuple[Array, Array]:
