@@ -187,16 +187,19 @@ def test_command_line_json_and_files(tmp_path):
 
 def test_command_line_reports_bad_input(tmp_path):
     penguins().to_csv(tmp_path / "t.csv", index=False, sep="#")
-    for arguments in (["no.csv", "--target", "y"], ["t.csv", "--target", "body_mass_g"]):
+    (tmp_path / "bad.bayes").write_bytes(b"not a model")
+    for arguments, culprit in (
+        (["t.csv", "--target", "body_mass_g"], "body_mass_g"),
+        (["--load", "bad.bayes", "--test", "t.csv"], "bad.bayes"),
+    ):
         done = command("predict", *arguments, cwd=tmp_path)
-        assert done.returncode == 2
+        assert done.returncode == 2 and culprit in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
         assert "Traceback" not in done.stderr
-    (tmp_path / "bad.bayes").write_bytes(b"not a model")
-    done = command("predict", "--load", "bad.bayes", "--test", "t.csv", cwd=tmp_path)
-    assert done.returncode == 2 and "bad.bayes" in done.stderr
-    done = command("predict", "t.csv", "--target", "y", "--out", "nowhere/p.csv", cwd=tmp_path)
-    assert done.returncode == 2 and "nowhere" in done.stderr
+    with pytest.raises(InputError, match=r"no\.csv"):
+        bayeslens.predict(str(tmp_path / "no.csv"), "y")
+    with pytest.raises(InputError, match="nowhere"):
+        bayeslens.predict(str(tmp_path / "t.csv"), "y", out=str(tmp_path / "nowhere" / "p.csv"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.bayes", "t.csv"]
 
 

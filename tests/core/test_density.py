@@ -57,6 +57,10 @@ def flow(key: Any = KEY) -> Any:
 
 NETWORKS = {"affine": affine, "flow": flow}
 battery = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+# Flows take twice as long to compile as others.
+slow_for_flows = pytest.mark.parametrize(
+    "make", [pytest.param(affine, id="affine"), pytest.param(flow, marks=pytest.mark.slow, id="flow")]
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def grid():
     return np.stack(np.meshgrid(line, line, indexing="ij"), -1), (line[1] - line[0]) ** 2
 
 
-@battery
+@slow_for_flows
 def test_the_density_is_normalized_and_is_that_of_its_samples(make, grid):
     d = Density(make())
     points, cell = grid
@@ -131,7 +135,7 @@ def test_promotion_keeps_older_batch_axes_apart():
     np.testing.assert_allclose(mixed, np.log([0.25, 0.75] @ np.exp(expected)), rtol=1e-5)
 
 
-@battery
+@slow_for_flows
 def test_in_plates_mixtures_and_nuts(make):
     from numpyro.infer import MCMC, NUTS
 

@@ -28,7 +28,7 @@ CASES = {
     "flow": ({}, 0.0),
     "implicit": ({}, 0.1),
 }
-SLOW = {"hmc", "neural_nested", "flow", "implicit", "full_rank"}
+SLOW = {"hmc", "neural_nested", "flow", "implicit", "full_rank", "smc", "nested"}
 ELSEWHERE = {"enumeration", "exact", "gibbs", "sgld", "sghmc"}  # they take other models
 Y = np.array([0.5, 1.5, 2.0, 0.2, 1.1, -0.6])
 

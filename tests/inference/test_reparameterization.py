@@ -22,6 +22,7 @@ def known_scale(y, sigma):
     numpyro.sample("y", dist.Normal(theta, sigma).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_weights_are_the_share_of_what_the_data_know():
     sigma = np.array([0.1, 2.0, 50.0])
     changed = reparameterize(known_scale, {"y": np.zeros(3), "sigma": sigma}, key=KEY)

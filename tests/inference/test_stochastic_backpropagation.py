@@ -150,6 +150,7 @@ def test_the_importance_bound_grows_towards_the_evidence(linear):
     assert bounds[0] < bounds[1] - 0.02 and bounds[1] == pytest.approx(evidence, abs=0.05)
 
 
+@pytest.mark.slow
 def test_imputation_is_gibbs_sampling_where_recognition_is_exact(linear):
     model, law, _ = linear
     mean, covariance = np.asarray(law.mean, np.float64), np.asarray(law.covariance_matrix, np.float64)

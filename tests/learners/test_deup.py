@@ -69,7 +69,11 @@ class Average(Learner):
 
 
 @pytest.mark.parametrize(
-    ("base", "seeds"), [(BayesianLinearRegression(), 3), (DeepEnsemble(num_members=3, width=16), 1)]
+    ("base", "seeds"),
+    [
+        (BayesianLinearRegression(), 3),
+        pytest.param(DeepEnsemble(num_members=3, width=16), 1, marks=pytest.mark.slow),
+    ],
 )
 def test_it_ranks_the_true_excess_risk_better_than_the_variance(base: Learner, seeds: int) -> None:
     own, learned = [], []
