@@ -9,7 +9,8 @@ from bayeslens.core.errors import InputError
 from bayeslens.evaluation.adaptive_conformal import adaptive_conformal_inference
 from bayeslens.evaluation.conformal_calibration import conformal
 from bayeslens.report.conformal_pictures import adaptive_panels, conformal_panels
-from bayeslens.report.pictures import lay_out, plot
+from bayeslens.report.pictures import lay_out
+from bayeslens.report.plotting import plot
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 _PUBLIC = {
-    "plot": "pictures",
+    "plot": "plotting",
     "write_report": "html",
 }
 __all__ = sorted(_PUBLIC)
