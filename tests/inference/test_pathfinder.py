@@ -96,6 +96,7 @@ def test_paths_end_at_the_mode(conditioned):
     assert np.max(climbed.best.bound) == pytest.approx(evidence, abs=0.05)
 
 
+@pytest.mark.slow
 def test_starts_for_chains_lie_in_the_typical_set(conditioned):
     vectors, variances = pathfinder_starts(conditioned, KEY, 4)
     mode = np.array([0.0, 1.0, -2.0, 3.0]) * SCALES / (1 + SCALES**2)

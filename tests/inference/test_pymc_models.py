@@ -34,6 +34,7 @@ def test_the_density_is_that_of_pymc(model):
         np.testing.assert_allclose(conditioned.log_likelihood(vector), observed, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_infer_plan_and_pointwise_likelihood(model):
     assert bayeslens.plan(model).engine == "nuts"
     posterior = bayeslens.infer(model, key=KEY, engine="laplace", num_samples=500)

@@ -97,7 +97,8 @@ def marginalize(model: Callable) -> Marginalized:
     ...         z = numpyro.sample("z", dist.Bernoulli(0.25))
     ...         numpyro.sample("y", dist.Normal(mu + 4.0 * z, 1.0), obs=y)
     >>> from numpyro.infer.util import log_density
-    >>> found, _ = log_density(marginalize(mixture), (jnp.array([0.0, 4.0]),), {}, {"mu": 0.0})
+    >>> density = jax.jit(lambda y, mu: log_density(marginalize(mixture), (y,), {}, {"mu": mu})[0])
+    >>> found = density(jnp.array([0.0, 4.0]), 0.0)
     >>> mean, y = jnp.array([0.0, 4.0]), jnp.array([[0.0], [4.0]])
     >>> sides = dist.Normal(mean, 1.0).log_prob(y) + jnp.log(jnp.array([0.75, 0.25]))
     >>> exact = jax.nn.logsumexp(sides, axis=1).sum() + dist.Normal(0.0, 3.0).log_prob(0.0)
@@ -128,7 +129,8 @@ def sample_discrete(model: Callable, data: dict[str, Any], values: dict[str, Any
     >>> def model(y):
     ...     z = numpyro.sample("z", dist.DiscreteUniform(1, 6))
     ...     numpyro.sample("y", dist.Normal(z, 0.01), obs=y)
-    >>> {k: int(v) for k, v in sample_discrete(model, {"y": 4.0}, {}, jax.random.key(0)).items()}
+    >>> draw = jax.jit(lambda key: sample_discrete(model, {"y": 4.0}, {}, key))
+    >>> {k: int(v) for k, v in draw(jax.random.key(0)).items()}
     {'z': 4}
     """
     program = DiscreteProgram(functools.partial(model, **data), given=values)
